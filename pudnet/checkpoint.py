@@ -1,0 +1,67 @@
+"""Checkpoints: safetensors with one JSON object in the header; never pickle, never a config guessed from shapes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pudnet._version import __version__
+from pudnet.errors import CheckpointError, InputError, message
+from pudnet.files import atomic_path
+
+FORMAT_VERSION = 1
+HEADER_KEY = "pudnet"
+
+
+def save(path: str | os.PathLike[str], kind: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write ``tensors`` and ``config`` (JSON-able) to ``path`` in one atomic step.
+
+    Args:
+        kind: what the file holds (``"predictor"``, ``"model"``, ``"training"``, ...); ``load`` asks for it again.
+
+    Raises:
+        InputError: the path cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    header = {"format": FORMAT_VERSION, "kind": kind, "version": __version__, "config": dict(config)}
+    copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(copies, temporary, metadata={HEADER_KEY: json.dumps(header)})
+
+
+def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read what ``save`` wrote; returns ``(config, tensors)``.
+
+    Raises:
+        InputError: there is no such file.
+        CheckpointError: the file is truncated, of another version or kind, or not ours.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    where = "checkpoint.load"
+    if not Path(path).is_file():
+        raise InputError(message(where, "path", "an existing file", repr(str(path))))
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(HEADER_KEY, "null"))
+            if not isinstance(header, dict) or not isinstance(header.get("config"), dict):
+                raise CheckpointError(message(where, "path", "a file written by pudnet", repr(str(path))))
+            if header.get("format") != FORMAT_VERSION:
+                got = f"format {header.get('format')!r} in {str(path)!r}, written by pudnet {header.get('version')}"
+                hint = f"This is pudnet {__version__}; install the version that wrote the file."
+                raise CheckpointError(message(where, "format", f"{FORMAT_VERSION}", got, hint))
+            if header.get("kind") != kind:
+                got = f"a {header.get('kind')!r} file, {str(path)!r}"
+                raise CheckpointError(message(where, "path", f"a {kind!r} file", got))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        got = f"{str(path)!r} ({error})"
+        hint = "The file is damaged or not safetensors; get it again."
+        raise CheckpointError(message(where, "path", "a whole safetensors file", got, hint)) from error
+    return header["config"], tensors

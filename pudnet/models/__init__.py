@@ -1,0 +1,5 @@
+"""Whole hypernetworks."""
+
+from pudnet.models.pudnet import PudNet, PudNetConfig
+
+__all__ = ["PudNet", "PudNetConfig"]

@@ -1,0 +1,208 @@
+"""PudNet: a dataset in, all convolution weights of a network out (arXiv 2310.11862).
+
+``PudNet.forward`` is the data path; each line is one stage, in the file of its name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pudnet import bind, checkpoint
+from pudnet.data.preprocess import Preprocess
+from pudnet.errors import CheckpointError, InputError, message
+from pudnet.nn.embedding import DatasetEmbedding
+from pudnet.nn.generators import WeightGenerators
+from pudnet.nn.recurrence import LayerRecurrence
+from pudnet.sketch import Sketch
+from pudnet.specs import WeightLayout
+from pudnet.targets import build_target
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, the field's usual constants
+LARGEST_SKETCH_SIDE = 64
+
+
+@dataclass(frozen=True)
+class PudNetConfig:
+    """Everything that determines a PudNet but its target: saved with every checkpoint.
+
+    Attributes:
+        image_size: side of the target network's square input images.
+        sketch_size: side at which the embedding sees them.
+        recurrence: ``"ahru"`` or ``"gru"``.
+        embedding_norm: ``"batch"`` (the published core) or ``"layer"``.
+        layers: G, GRU layers.
+        width: D, hidden and code width.
+        generator_width: h.
+        alpha: share of the dataset embedding mixed into every code.
+        mean, std: normalisation of images in 0..1, for sketch, network and baselines alike.
+    """
+
+    image_size: int
+    sketch_size: int
+    recurrence: str = "ahru"
+    embedding_norm: str = "layer"
+    layers: int = 2
+    width: int = 128
+    generator_width: int = 8
+    alpha: float = 0.1
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {"embedding_norm": "batch"},
+}
+
+Images = Any  # uint8 NHWC array or tensor, or Sketch
+
+
+class PudNet(nn.Module):
+    """A hypernetwork for one target network.
+
+    Args:
+        target: a name (``pudnet.targets.TARGETS``) or any ``nn.Module`` with 2-D convolutions; it is copied, never
+            edited. Its convolution weights are generated; everything else is learned and shared by all datasets.
+        preset: ``"default"``, or ``"paper"``: the released core.
+        image_size: side of the target's input images; needed where ``target`` is a module.
+        seed: of the initial parameters.
+        options: other fields of ``PudNetConfig``.
+
+    Raises:
+        InputError: an unknown name, preset or option, or a target without convolutions.
+    """
+
+    def __init__(
+        self,
+        target: str | nn.Module,
+        preset: str = "default",
+        *,
+        image_size: int | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if preset not in PRESETS:
+            raise InputError(message("PudNet", "preset", f"one of {sorted(PRESETS)}", repr(preset)))
+        known = {field.name for field in dataclasses.fields(PudNetConfig)}
+        if unknown := sorted(set(options) - known):
+            raise InputError(message("PudNet", "options", f"among {sorted(known)}", unknown))
+        self.target_name = target if isinstance(target, str) else None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if isinstance(target, str):
+                module, usual_size = build_target(target)
+                image_size = image_size or usual_size
+            else:
+                module = target
+            if image_size is None:
+                raise InputError(message("PudNet", "image_size", "given for a target that is a module", None))
+            settings = {"sketch_size": min(image_size, LARGEST_SKETCH_SIDE), **PRESETS[preset], **options}
+            config = PudNetConfig(image_size=image_size, **settings)
+            self.config = config
+            self.preprocess = Preprocess(config.image_size, tuple(config.mean), tuple(config.std))
+            self.layout = WeightLayout.from_module(module)
+            self.embedding = DatasetEmbedding(config.sketch_size, config.layers, config.width, config.embedding_norm)
+            self.recurrence = LayerRecurrence(
+                len(self.layout.entries), config.layers, config.width, config.recurrence, config.alpha
+            )
+            self.generators = WeightGenerators(self.layout, config.width, config.generator_width)
+        self.target = bind.strip(module, self.layout)
+        self.temperature = nn.Parameter(torch.tensor(10.0))  # of the cosine classifier
+        self.card: dict[str, Any] = {}  # how the checkpoint was made, where it came from one
+
+    def forward(self, images: Tensor, counts: Sequence[int]) -> Tensor:
+        """Images of B sketches to flat weights: ``[sum(counts), 3, H, W]``, normalised -> ``[B, P]``."""
+        embedding = self.embedding(self._to_sketch_size(images), list(counts))  # [B, G, D]
+        codes = self.recurrence(embedding)  # [B, L, D]
+        return self.generators(codes)  # [B, P]
+
+    def _to_sketch_size(self, images: Tensor) -> Tensor:
+        side = self.config.sketch_size
+        if images.shape[-1] == side:
+            return images
+        return F.interpolate(images, (side, side), mode="bilinear", antialias=True, align_corners=False)
+
+    def generate(self, images: Images | Sequence[Images]) -> dict[str, Tensor]:
+        """Predict the weights for one dataset or several; differentiable in the hypernetwork's parameters.
+
+        Args:
+            images: uint8 ``[S, H, W, C]`` (array or tensor, any size, one, three or four channels), a ``Sketch``, or a
+                list of these.
+
+        Returns:
+            ``{parameter name: [O, I, kH, kW]}``; for a list of B, ``{parameter name: [B, O, I, kH, kW]}``.
+        """
+        several = isinstance(images, (list, tuple))
+        sketches = list(images) if several else [images]
+        if not sketches:
+            raise InputError(message("PudNet.generate", "images", "at least one sketch", "an empty list"))
+        device = self.temperature.device
+        prepared = [self.preprocess(self._sketch_images(one)).to(device) for one in sketches]
+        flat = self(torch.cat(prepared), [len(part) for part in prepared])  # [B, P]
+        return self.layout.views(flat if several else flat[0])
+
+    @staticmethod
+    def _sketch_images(images: Images) -> Any:
+        found = images.images if isinstance(images, Sketch) else images
+        if len(found) == 0:
+            raise InputError(message("PudNet.generate", "images", "at least one image a sketch", "an empty one"))
+        return found
+
+    def call(self, weights: Mapping[str, Tensor], x: Tensor, method: str = "forward") -> Any:
+        """Run the target network with ``weights`` on normalised images ``x [n, 3, H, W]``."""
+        return bind.call(self.target, self.layout, weights, x, method)
+
+    def materialise(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """The target network as an ordinary module that holds ``weights``."""
+        return bind.materialise(self.target, self.layout, weights)
+
+    def save(self, path: str | os.PathLike[str], *, card: Mapping[str, Any] | None = None, half: bool = False) -> None:
+        """Write a checkpoint that ``PudNet.load`` reads.
+
+        Args:
+            card: anything JSON-able about how it was made.
+            half: store float16 (half the size; about three decimal digits).
+        """
+        config = {"target": self.target_name, "pudnet": dataclasses.asdict(self.config), "card": dict(card or {})}
+        tensors = {
+            name: tensor.half() if half and tensor.is_floating_point() else tensor
+            for name, tensor in self.state_dict().items()
+        }
+        checkpoint.save(path, "predictor", config, tensors)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, target: nn.Module | None = None) -> PudNet:
+        """Read a checkpoint written by ``save``, in evaluation mode.
+
+        Args:
+            target: the target network, where it was a module and not a name.
+
+        Raises:
+            CheckpointError: the file is not a checkpoint of this version, or does not fit ``target``.
+        """
+        config, tensors = checkpoint.load(path, "predictor")
+        where = "PudNet.load"
+        name = config.get("target")
+        if name is None and target is None:
+            raise CheckpointError(message(where, "target", "the module the checkpoint was made for", None))
+        try:
+            net = cls(name if target is None else target, **config["pudnet"])
+            net.target_name = name
+            net.load_state_dict({key: tensor.float() if tensor.is_floating_point() else tensor
+                                 for key, tensor in tensors.items()})  # fmt: skip
+        except (KeyError, TypeError, RuntimeError, InputError) as error:
+            hint = "It was made for another target network or another version."
+            raise CheckpointError(
+                message(where, "path", "a checkpoint that fits", f"{str(path)!r} ({error})", hint)
+            ) from error
+        net.card = config.get("card", {})
+        return net.eval()

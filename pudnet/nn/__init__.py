@@ -1,0 +1,1 @@
+"""Parameters of the hypernetwork, one stage a file, built only from ops."""

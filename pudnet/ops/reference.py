@@ -1,0 +1,87 @@
+"""The plain-PyTorch meaning of every op: the oracle of the tests, the CPU path, and the input of torch.compile."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def layer_recurrence(
+    state: Tensor,  # [B, G, D] H_0, the dataset embedding
+    start: Tensor,  # [D] e_0
+    weight_ih: Tensor,  # [G, 3D, D] gates r, z, n as in torch.nn.GRU
+    weight_hh: Tensor,  # [G, 3D, D]
+    bias_ih: Tensor,  # [G, 3D]
+    bias_hh: Tensor,  # [G, 3D]
+    out_weight: Tensor,  # [D, D]
+    out_bias: Tensor,  # [D]
+    state_norm_weight: Tensor,  # [D]
+    state_norm_bias: Tensor,  # [D]
+    code_norm_weight: Tensor,  # [L, D]
+    code_norm_bias: Tensor,  # [L, D]
+    alpha: float,
+    normalise_state: bool,
+) -> Tensor:  # codes [B, L, D]
+    """Walk the layers of the target network: the adaptive hyper-recurrent unit (PudNet, section on AHRU).
+
+    For t = 1..L: (o_t, H_t) = GRU(e_{t-1}, H_{t-1}); e_t = ReLU(W o_t + b); H_t <- LayerNorm(H_t) where
+    ``normalise_state``; c_t = LayerNorm_t((1 - alpha) e_t + alpha mean_G(H_0)).
+    """
+    batch, layers, width = state.shape
+    pooled = state.mean(dim=1)  # [B, D]
+    hidden = list(state.unbind(dim=1))  # G x [B, D]
+    e = start.expand(batch, width)  # [B, D]
+    codes = []
+    for t in range(code_norm_weight.shape[0]):
+        x = e
+        for g in range(layers):
+            gates_x = F.linear(x, weight_ih[g], bias_ih[g])  # [B, 3D]
+            gates_h = F.linear(hidden[g], weight_hh[g], bias_hh[g])  # [B, 3D]
+            rx, zx, nx = gates_x.chunk(3, dim=-1)
+            rh, zh, nh = gates_h.chunk(3, dim=-1)
+            r, z = torch.sigmoid(rx + rh), torch.sigmoid(zx + zh)
+            candidate = torch.tanh(nx + r * nh)
+            x = (1 - z) * candidate + z * hidden[g]
+            hidden[g] = x
+        e = F.relu(F.linear(x, out_weight, out_bias))
+        if normalise_state:
+            hidden = [F.layer_norm(part, (width,), state_norm_weight, state_norm_bias) for part in hidden]
+        mixed = (1 - alpha) * e + alpha * pooled
+        codes.append(F.layer_norm(mixed, (width,), code_norm_weight[t], code_norm_bias[t]))
+    return torch.stack(codes, dim=1)
+
+
+def generate_weights(
+    codes: Tensor,  # [B, L, D]
+    fc_weight: Tensor,  # [sum over layers of h * kH * kW, D]
+    fc_bias: Tensor,  # [the same]
+    mix_weight: Tensor,  # [L, 2h, h]
+    mix_bias: Tensor,  # [L, 2h]
+    row_weight: Tensor,  # [R, 2h]
+    row_bias: Tensor,  # [R]
+    shapes: list[int],  # O, I, kH, kW of each layer
+) -> Tensor:  # [B, P], each layer in channels-last order [O, kH, kW, I]
+    """Turn each layer's code into its kernel (PudNet, weight generator).
+
+    Layer t: Linear D -> h * kH * kW, GELU; 1x1 h -> 2h, GELU; 1x1 2h -> O * I, where a 1x1 map acts at every position of
+    the kernel alike.
+    """
+    batch = codes.shape[0]
+    hidden = mix_weight.shape[2]
+    parts = []
+    fc_start = row_start = 0
+    for t in range(codes.shape[1]):
+        o, i, kh, kw = shapes[4 * t : 4 * t + 4]
+        fc_size, rows = hidden * kh * kw, o * i
+        fc = slice(fc_start, fc_start + fc_size)
+        feature = F.gelu(F.linear(codes[:, t], fc_weight[fc], fc_bias[fc]))  # [B, h * kH * kW]
+        feature = feature.view(batch, hidden, kh * kw)
+        feature = F.gelu(mix_weight[t] @ feature + mix_bias[t, :, None])  # [B, 2h, kH * kW]
+        row = slice(row_start, row_start + rows)
+        kernel = feature.transpose(1, 2) @ row_weight[row].t() + row_bias[row]  # [B, kH * kW, O * I]
+        kernel = kernel.view(batch, kh * kw, o, i).transpose(1, 2)  # [B, O, kH * kW, I]
+        parts.append(kernel.reshape(batch, rows * kh * kw))
+        fc_start += fc_size
+        row_start += rows
+    return torch.cat(parts, dim=1)

@@ -1,0 +1,39 @@
+"""Target networks: the ordinary networks whose weights get predicted, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from pudnet.errors import InputError, message
+from pudnet.targets.convnet import ConvNet3
+
+
+@dataclass(frozen=True)
+class Target:
+    """A named target network: how to build it, and the side of the square images it reads."""
+
+    build: Callable[[], nn.Module]
+    image_size: int
+
+
+TARGETS: dict[str, Target] = {
+    "convnet3": Target(ConvNet3, 32),
+}
+
+
+def build_target(name: str) -> tuple[nn.Module, int]:
+    """Build the target network called ``name``; returns it and its image size.
+
+    Raises:
+        InputError: there is no such target.
+    """
+    if name not in TARGETS:
+        raise InputError(message("build_target", "name", f"one of {sorted(TARGETS)}", repr(name)))
+    target = TARGETS[name]
+    return target.build(), target.image_size
+
+
+__all__ = ["TARGETS", "ConvNet3", "Target", "build_target"]
