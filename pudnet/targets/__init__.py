@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 
 from pudnet.errors import InputError, message
 from pudnet.targets.convnet import ConvNet3
+from pudnet.targets.resnet import ResNet, resnet18, resnet34
+from pudnet.targets.unet import UNet
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,11 @@ class Target:
 
 TARGETS: dict[str, Target] = {
     "convnet3": Target(ConvNet3, 32),
+    "resnet18": Target(resnet18, 32),
+    "resnet18-224": Target(partial(resnet18, stem=224), 224),
+    "resnet34": Target(resnet34, 32),
+    "resnet34-224": Target(partial(resnet34, stem=224), 224),
+    "unet": Target(UNet, 128),
 }
 
 
@@ -36,4 +44,4 @@ def build_target(name: str) -> tuple[nn.Module, int]:
     return target.build(), target.image_size
 
 
-__all__ = ["TARGETS", "ConvNet3", "Target", "build_target"]
+__all__ = ["TARGETS", "ConvNet3", "ResNet", "Target", "UNet", "build_target", "resnet18", "resnet34"]
