@@ -45,7 +45,7 @@ class WeightLayout:
     """Where each generated weight lies in a flat row ``[P]``.
 
     Inside a weight the order is channels-last, ``[O, kH, kW, I]``: the order every backend can store in wide pieces and
-    the one channels-last convolutions read; ``views`` gives each weight its usual shape ``[O, I, kH, kW]`` without a copy.
+    the one channels-last convolutions read. ``views`` gives each weight its usual shape ``[O, I, kH, kW]``, uncopied.
     """
 
     entries: tuple[GeneratedWeight, ...]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ class DatasetEmbedding(nn.Module):
         self.layers, self.width = layers, width
         sizes = (3, *CHANNELS)
         self.convs = nn.ModuleList(
-            nn.Conv2d(i, o, 5, stride=2, padding=2) for i, o in zip(sizes[:-1], sizes[1:], strict=True)
+            nn.Conv2d(i, o, 5, stride=2, padding=2) for i, o in pairwise(sizes)
         )
         side = image_size
         for _ in CHANNELS:

@@ -64,8 +64,8 @@ def generate_weights(
 ) -> Tensor:  # [B, P], each layer in channels-last order [O, kH, kW, I]
     """Turn each layer's code into its kernel (PudNet, weight generator).
 
-    Layer t: Linear D -> h * kH * kW, GELU; 1x1 h -> 2h, GELU; 1x1 2h -> O * I, where a 1x1 map acts at every position of
-    the kernel alike.
+    Layer t: Linear D -> h * kH * kW, GELU; 1x1 h -> 2h, GELU; 1x1 2h -> O * I, where a 1x1 map acts at every position
+    of the kernel alike.
     """
     batch = codes.shape[0]
     hidden = mix_weight.shape[2]
