@@ -1,0 +1,86 @@
+"""Image files and Pillow images of every mode as uint8 RGB arrays."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pudnet.errors import InputError, message
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Array = np.ndarray[Any, Any]
+
+
+def rgb_array(image: Image) -> Array:
+    """One Pillow image of any mode as uint8 [H, W, 3] or, where it has transparency, [H, W, 4]; grey as [H, W, 1].
+
+    The first frame is taken, turned upright by its EXIF orientation. 16-bit grey keeps its upper 8 bits (as Pillow does
+    with 16-bit colour); float grey counts as 0..1 if nothing exceeds 1, as 0..255 otherwise.
+
+    Raises:
+        ValueError: a float image holds NaN or infinity.
+        OSError: the pixels cannot be decoded.
+    """
+    from PIL import ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # "I" is 32-bit, in practice a 16-bit file
+        upper: Array = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        return upper[..., None]
+    if image.mode == "F":
+        values = np.asarray(image)
+        if not np.isfinite(values).all():
+            raise ValueError("float pixels that are NaN or infinite")
+        scaled = values * 255 if values.max() <= 1 else values
+        return scaled.round().clip(0, 255).astype(np.uint8)[..., None]
+    if image.mode in ("1", "L") and "transparency" not in image.info:
+        return np.array(image.convert("L"))[..., None]
+    transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+    if image.mode == "La":  # Pillow converts premultiplied grey to LA only
+        image = image.convert("LA")
+    return np.array(image.convert("RGBA" if transparent else "RGB"))
+
+
+class UnreadableImageError(ValueError):
+    """An image file cannot be read; the text is the reason, in one line."""
+
+
+def decode_file(path: str | os.PathLike[str]) -> Array:
+    """Decode one image file to uint8 [H, W, C]; see :func:`rgb_array`.
+
+    Raises:
+        UnreadableImageError: the file is missing, truncated, no image, or beyond Pillow's decompression bomb limit.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            if image.format == "EPS":  # Pillow would hand it to an external PostScript interpreter
+                raise ValueError("PostScript is not read")
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and image.width * image.height > limit:
+                raise ValueError(f"{image.width} x {image.height} pixels, more than Pillow's limit of {limit}")
+            return rgb_array(image)
+    except MemoryError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UnreadableImageError("not an image that Pillow can read") from error
+    except Exception as error:  # decoders of damaged files raise nearly anything
+        text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UnreadableImageError(" ".join(text.split())) from error
+
+
+def read_image(path: str | os.PathLike[str]) -> Array:
+    """Read one image file as uint8 [H, W, C], C 1, 3 or 4; see :func:`rgb_array`.
+
+    Raises:
+        InputError: the file cannot be read as an image.
+    """
+    try:
+        return decode_file(path)
+    except UnreadableImageError as error:
+        raise InputError(message("read_image", "path", "an image file", f"{os.fspath(path)!r} ({error})")) from error
