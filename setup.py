@@ -137,7 +137,7 @@ def ninja_file(plan: Plan, folder: Path, output: Path, version: str) -> str:
         newest = architectures[-1]
         names = " ".join([*(f"sm_{number}" for number in architectures), f"compute_{newest}"])
         defines += ["-DPUDNET_WITH_CUDA", f'-DPUDNET_CUDA_VERSION="{release}"', f'-DPUDNET_CUDA_ARCHITECTURES="{names}"']
-        nvcc_flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        nvcc_flags = ["-DPUDNET_WITH_CUDA", "-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
         if "CXX" in os.environ:
             nvcc_flags += ["-ccbin", plan.cxx]
         nvcc_flags += [f"-gencode=arch=compute_{number},code=sm_{number}" for number in architectures]
@@ -150,6 +150,7 @@ def ninja_file(plan: Plan, folder: Path, output: Path, version: str) -> str:
     cxx_flags += [*shlex.split(os.environ.get("CXXFLAGS", "")), *defines, *includes]
 
     lines = [
+        f"builddir = {escape(folder)}",  # ninja keeps its own logs there, not in the current folder
         f"cxx = {plan.cxx}",
         f"nvcc = {arguments([plan.nvcc])}",
         f"cxx_flags = {arguments(cxx_flags)}",

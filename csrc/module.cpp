@@ -1,5 +1,192 @@
+// The Python module pudnet._C: argument checks, then the functions of this folder. Tensors arrive as raw addresses, so
+// that neither the build nor the binary depends on torch; pudnet/ops/*.py are the only callers.
+
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "dataset_stats.h"
+#include "device.h"
+
 namespace py = pybind11;
+
+namespace {
+
+using pudnet::ClassStats;
+using pudnet::ImageStats;
+
+// Raise together with INTERFACE in pudnet/_extension.py whenever a signature below changes.
+constexpr int kInterface = 1;
+
+[[noreturn]] void refuse(const std::string& text) { throw std::invalid_argument("pudnet._C: " + text); }
+
+void require_size(std::int64_t size, std::int64_t least, const char* name) {
+  if (size < least) {
+    refuse(std::string(name) + " must be at least " + std::to_string(least) + "; got " + std::to_string(size) + ".");
+  }
+}
+
+// The product of sizes; refuses one whose array of 8-byte elements would not fit the address space.
+std::int64_t elements(std::initializer_list<std::int64_t> sizes) {
+  std::int64_t product = 1;
+  for (const std::int64_t size : sizes) {
+    if (size != 0 && product > std::numeric_limits<std::int64_t>::max() / 8 / size) refuse("the sizes overflow.");
+    product *= size;
+  }
+  return product;
+}
+
+template <typename T>
+T* pointer(std::uintptr_t address, std::int64_t size, const char* name) {
+  if (address == 0 && size > 0) refuse(std::string(name) + " must not be a null pointer.");
+  if (address % alignof(T) != 0) refuse(std::string(name) + " must be aligned to its element size.");
+  return reinterpret_cast<T*>(address);
+}
+
+ImageStats image_arguments(std::uintptr_t images, std::uintptr_t labels, std::int64_t n, std::int64_t pixels,
+                           std::int64_t channels, std::int64_t classes, const std::vector<double>& mean,
+                           const std::vector<double>& std, std::uintptr_t sketch, std::uintptr_t channel_mean,
+                           std::uintptr_t channel_var, std::uintptr_t counts, std::uintptr_t means,
+                           std::uintptr_t variances) {
+  require_size(n, 0, "n");
+  require_size(pixels, 1, "pixels");
+  require_size(channels, 1, "channels");
+  require_size(classes, 1, "classes");
+  if (channels > pudnet::kMaxChannels) {
+    refuse("channels must be at most " + std::to_string(pudnet::kMaxChannels) + "; got " + std::to_string(channels) + ".");
+  }
+  if (mean.size() != static_cast<std::size_t>(channels) || std.size() != mean.size()) {
+    refuse("mean and std must have one value per channel.");
+  }
+  const std::int64_t all = elements({n, pixels, channels}), statistics = elements({classes + 1, pixels, channels});
+  ImageStats args{};
+  args.images = pointer<const std::uint8_t>(images, all, "images");
+  args.labels = pointer<const std::int64_t>(labels, n, "labels");
+  args.n = n;
+  args.pixels = pixels;
+  args.channels = channels;
+  args.classes = classes;
+  for (std::int64_t c = 0; c < channels; ++c) {
+    if (!(std[c] > 0.0)) refuse("std must be positive.");
+    args.scale[c] = static_cast<float>(1.0 / (255.0 * std[c]));
+    args.shift[c] = static_cast<float>(-mean[c] / std[c]);
+  }
+  args.sketch = pointer<float>(sketch, all, "sketch");
+  args.channel_mean = pointer<float>(channel_mean, channels, "channel_mean");
+  args.channel_var = pointer<float>(channel_var, channels, "channel_var");
+  args.counts = pointer<std::int64_t>(counts, classes, "counts");
+  args.means = pointer<float>(means, statistics, "means");
+  args.variances = pointer<float>(variances, statistics, "variances");
+  return args;
+}
+
+ClassStats class_arguments(std::uintptr_t features, std::uintptr_t labels, std::int64_t n, std::int64_t width,
+                           std::int64_t row_stride, std::int64_t classes, std::uintptr_t counts, std::uintptr_t means,
+                           std::uintptr_t variances) {
+  require_size(n, 0, "n");
+  require_size(width, 1, "width");
+  require_size(row_stride, 0, "row_stride");
+  require_size(classes, 1, "classes");
+  const std::int64_t all = elements({n, width}), statistics = elements({classes + 1, width});
+  elements({n, row_stride});
+  ClassStats args{};
+  args.features = pointer<const float>(features, all, "features");
+  args.labels = pointer<const std::int64_t>(labels, n, "labels");
+  args.n = n;
+  args.width = width;
+  args.row_stride = row_stride;
+  args.classes = classes;
+  args.counts = pointer<std::int64_t>(counts, classes, "counts");
+  args.means = pointer<float>(means, statistics, "means");
+  args.variances = pointer<float>(variances, statistics, "variances");
+  return args;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = PUDNET_VERSION;
+  info["interface"] = kInterface;
+  info["compiler"] = __VERSION__;
+  info["instruction_set"] = pudnet::cpu_instruction_set();
+#ifdef _OPENMP
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+#ifdef PUDNET_WITH_CUDA
+  info["cuda"] = PUDNET_CUDA_VERSION;
+  info["cuda_architectures"] = PUDNET_CUDA_ARCHITECTURES;
+#else
+  info["cuda"] = py::none();
+  info["cuda_architectures"] = "";
+#endif
+  return info;
+}
+
+}  // namespace
+
+#define IMAGE_PARAMETERS                                                                                          \
+  py::arg("images"), py::arg("labels"), py::arg("n"), py::arg("pixels"), py::arg("channels"), py::arg("classes"), \
+      py::arg("mean"), py::arg("std"), py::arg("sketch"), py::arg("channel_mean"), py::arg("channel_var"),        \
+      py::arg("counts"), py::arg("means"), py::arg("variances")
+#define CLASS_PARAMETERS                                                                                       \
+  py::arg("features"), py::arg("labels"), py::arg("n"), py::arg("width"), py::arg("row_stride"),               \
+      py::arg("classes"), py::arg("counts"), py::arg("means"), py::arg("variances")
+
 PYBIND11_MODULE(_C, m) {
-  m.def("build_info", [] { py::dict d; d["version"] = PUDNET_VERSION; return d; });
+  m.doc() = "Native code of pudnet; see csrc/. Call it through pudnet.ops.";
+  m.def("build_info", &build_info);
+  using address = std::uintptr_t;
+  using std::int64_t;
+  using doubles = const std::vector<double>&;
+  using release = py::call_guard<py::gil_scoped_release>;
+
+  m.def(
+      "image_stats_cpu",
+      [](address images, address labels, int64_t n, int64_t pixels, int64_t channels, int64_t classes, doubles mean,
+         doubles std, address sketch, address channel_mean, address channel_var, address counts, address means,
+         address variances, int threads) {
+        pudnet::image_stats_cpu(image_arguments(images, labels, n, pixels, channels, classes, mean, std, sketch,
+                                                channel_mean, channel_var, counts, means, variances),
+                                threads);
+      },
+      py::kw_only(), IMAGE_PARAMETERS, py::arg("threads"), release());
+  m.def(
+      "class_stats_cpu",
+      [](address features, address labels, int64_t n, int64_t width, int64_t row_stride, int64_t classes, address counts,
+         address means, address variances, int threads) {
+        pudnet::class_stats_cpu(
+            class_arguments(features, labels, n, width, row_stride, classes, counts, means, variances), threads);
+      },
+      py::kw_only(), CLASS_PARAMETERS, py::arg("threads"), release());
+
+#ifdef PUDNET_WITH_CUDA
+  m.def("cuda_driver_version", &pudnet::cuda_driver_version);
+  m.def("image_stats_workspace", &pudnet::image_stats_workspace, py::arg("n"), py::arg("columns"), py::arg("classes"));
+  m.def("class_stats_workspace", &pudnet::class_stats_workspace, py::arg("n"), py::arg("width"), py::arg("classes"));
+  m.def(
+      "image_stats_cuda",
+      [](address images, address labels, int64_t n, int64_t pixels, int64_t channels, int64_t classes, doubles mean,
+         doubles std, address sketch, address channel_mean, address channel_var, address counts, address means,
+         address variances, address workspace, int device, address stream) {
+        pudnet::image_stats_cuda(image_arguments(images, labels, n, pixels, channels, classes, mean, std, sketch,
+                                                 channel_mean, channel_var, counts, means, variances),
+                                 pointer<void*>(workspace, 1, "workspace"), device, reinterpret_cast<void*>(stream));
+      },
+      py::kw_only(), IMAGE_PARAMETERS, py::arg("workspace"), py::arg("device"), py::arg("stream"), release());
+  m.def(
+      "class_stats_cuda",
+      [](address features, address labels, int64_t n, int64_t width, int64_t row_stride, int64_t classes, address counts,
+         address means, address variances, address workspace, int device, address stream) {
+        pudnet::class_stats_cuda(
+            class_arguments(features, labels, n, width, row_stride, classes, counts, means, variances),
+            pointer<void*>(workspace, 1, "workspace"), device, reinterpret_cast<void*>(stream));
+      },
+      py::kw_only(), CLASS_PARAMETERS, py::arg("workspace"), py::arg("device"), py::arg("stream"), release());
+#endif
 }

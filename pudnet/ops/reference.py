@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pudnet.errors import InputError, message
+
 
 def layer_recurrence(
     state: Tensor,  # [B, G, D] H_0, the dataset embedding
@@ -85,3 +87,68 @@ def generate_weights(
         fc_start += fc_size
         row_start += rows
     return torch.cat(parts, dim=1)
+
+
+def _index_by_class(op: str, labels: Tensor, num_classes: int) -> Tensor:
+    """Labels with -1 replaced by ``num_classes``, the row that gathers what belongs to no class: ``[n] -> [n]``."""
+    # On a GPU looking would wait for it, and index_add_ asserts by itself; a compiler cannot look at all.
+    if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
+        outside = ((labels < -1) | (labels >= num_classes)).nonzero()
+        if len(outside):
+            row = int(outside[0])
+            rule = f"in 0..{num_classes - 1}, or -1 for a row of no class"
+            raise InputError(message(op, "labels", rule, f"{int(labels[row])} in row {row}"))
+    return torch.where(labels < 0, num_classes, labels)
+
+
+def image_stats(
+    images: Tensor,  # [n, H, W, C] uint8
+    labels: Tensor,  # [n] int64, -1 or 0..K-1
+    num_classes: int,
+    mean: list[float],  # [C]
+    std: list[float],  # [C]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Normalised sketch [n, C, H, W], channel mean and variance [C], class counts [K], means and variances [K, H * W * C].
+
+    Sums of bytes and of their squares are whole numbers, which float64 adds exactly; variances are the population's.
+    """
+    n, height, width, channels = images.shape
+    index = _index_by_class("image_stats", labels, num_classes)
+    pixels = images.reshape(n, height * width * channels)
+    sums = torch.zeros(num_classes + 1, pixels.shape[1], dtype=torch.float64, device=images.device)
+    squares = torch.zeros_like(sums)
+    for rows, classes in zip(pixels.split(1024), index.split(1024), strict=True):  # bounds the float64 copies
+        values = rows.to(torch.float64)
+        sums.index_add_(0, classes, values)
+        squares.index_add_(0, classes, values.square())
+    counts = torch.zeros(num_classes + 1, dtype=torch.int64, device=images.device)
+    counts.index_add_(0, index, torch.ones_like(index))
+
+    def moments(count: Tensor | int, total: Tensor, total_squares: Tensor) -> tuple[Tensor, Tensor]:
+        average = total / count
+        variance = (total_squares / count - average.square()).clamp(min=0)
+        return (average / 255).to(torch.float32), (variance / 255**2).to(torch.float32)
+
+    means, variances = moments(counts[:num_classes, None].clamp(min=1), sums[:num_classes], squares[:num_classes])
+    by_channel = [x.view(-1, channels).sum(dim=0) for x in (sums, squares)]
+    channel_mean, channel_var = moments(max(n * height * width, 1), *by_channel)
+    shift, scale = (torch.tensor(x, dtype=torch.float32, device=images.device) for x in (mean, std))
+    sketch = ((images.to(torch.float32) / 255 - shift) / scale).permute(0, 3, 1, 2).contiguous()
+    return sketch, channel_mean, channel_var, counts[:num_classes], means, variances
+
+
+def class_stats(
+    features: Tensor,  # [n, F]
+    labels: Tensor,  # [n] int64, -1 or 0..K-1
+    num_classes: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Class counts [K], means and population variances [K, F], accumulated in float64 in two passes."""
+    index = _index_by_class("class_stats", labels, num_classes)
+    counts = torch.zeros(num_classes + 1, dtype=torch.int64, device=features.device)
+    counts = counts.index_add(0, index, torch.ones_like(index))
+    divisor = counts.clamp(min=1)[:, None]  # [K + 1, 1]
+    values = features.to(torch.float64)
+    zeros = values.new_zeros(num_classes + 1, features.shape[1])
+    means = zeros.index_add(0, index, values) / divisor  # [K + 1, F]
+    variances = zeros.index_add(0, index, (values - means[index]).square()) / divisor
+    return counts[:num_classes], means[:num_classes].to(features.dtype), variances[:num_classes].to(features.dtype)

@@ -1,0 +1,257 @@
+// The vector code of generate_weights.cpp, which includes this file once per instruction set: PUDNET_LANES floats make a
+// register, and a `#pragma GCC target` around the #include chooses the instructions. Everything is in a namespace of its
+// own, so that the linker never mixes the copies up.
+//
+// Functions here are called from inside OpenMP regions but contain none: an outlined region would lose the target.
+
+constexpr int kLanes = PUDNET_LANES;
+constexpr int kParts = kTileRows / kLanes;  // registers in a row of a tile
+constexpr int kBlock = 9;                   // kernel positions in registers at once; a whole 3x3 kernel
+
+typedef float Floats __attribute__((vector_size(4 * PUDNET_LANES)));
+typedef float LooseFloats __attribute__((vector_size(4 * PUDNET_LANES), aligned(4), may_alias));
+typedef std::uint32_t Words __attribute__((vector_size(4 * PUDNET_LANES)));
+typedef std::uint32_t LooseWords __attribute__((vector_size(4 * PUDNET_LANES), aligned(2), may_alias));
+typedef std::uint16_t Halves __attribute__((vector_size(2 * PUDNET_LANES)));
+typedef std::uint16_t LooseHalves __attribute__((vector_size(2 * PUDNET_LANES), aligned(2), may_alias));
+
+inline Floats load(const float* from) { return *reinterpret_cast<const LooseFloats*>(from); }
+inline void store(float* to, Floats value) { *reinterpret_cast<LooseFloats*>(to) = value; }
+inline Floats load(const std::uint16_t* from) {
+  const Halves halves = *reinterpret_cast<const LooseHalves*>(from);
+  return reinterpret_cast<Floats>(__builtin_convertvector(halves, Words) << 16);
+}
+// Rounds to nearest, ties to even, as PyTorch does; a NaN stays one.
+inline void store(std::uint16_t* to, Floats value) {
+  const Words bits = reinterpret_cast<Words>(value);
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Words kept = reinterpret_cast<Words>(value == value) & rounded;
+  const Words nan = reinterpret_cast<Words>(value != value) & 0x7fc0u;
+  *reinterpret_cast<LooseHalves*>(to) = __builtin_convertvector(kept | nan, Halves);
+}
+// Past the caches: half the traffic where nothing reads the result soon, because lines are not fetched to be overwritten.
+inline void stream(float* to, Floats value) {
+#if PUDNET_LANES == 16
+  _mm512_stream_ps(to, reinterpret_cast<__m512>(value));
+#elif PUDNET_LANES == 8
+  _mm256_stream_ps(to, reinterpret_cast<__m256>(value));
+#elif defined(__SSE2__)
+  _mm_stream_ps(to, reinterpret_cast<__m128>(value));
+#else
+  store(to, value);
+#endif
+}
+inline void stream(std::uint16_t* to, Floats value) { store(to, value); }
+
+// erf by a rational function, fitted by iterated least squares to 2e-8 on |x| < 3.95, beyond which a float32 is 1.
+template <typename V>
+inline V gelu(V x) {
+  const V most = V{} + 3.95f, least = V{} - 3.95f;
+  V z = x * 0.70710678118654752f;
+  z = z < most ? z : most;
+  z = z > least ? z : least;
+  const V y = z * z;
+  V p = 2.02592277e-06f * y + 2.84677867e-04f;
+  p = p * y + 3.80785354e-03f;
+  p = p * y + 5.28744900e-02f;
+  p = p * y + 1.91543563e-01f;
+  p = p * y + 1.12837914e+00f;
+  V q = 3.78314346e-05f * y + 1.17064549e-03f;
+  q = q * y + 1.50544765e-02f;
+  q = q * y + 1.14556776e-01f;
+  q = q * y + 5.03083740e-01f;
+  q = q * y + 1.0f;
+  return 0.5f * x * (1.0f + z * p / q);
+}
+
+void gelu_in_place(float* values, std::int64_t count) {
+  std::int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) store(values + j, gelu(load(values + j)));
+  for (; j < count; ++j) values[j] = gelu(values[j]);
+}
+
+inline float dot(const float* a, const float* b, std::int64_t count) {
+  Floats sums{};
+  std::int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) sums += load(a + j) * load(b + j);
+  float sum = 0.0f;
+  for (int lane = 0; lane < kLanes; ++lane) sum += sums[lane];
+  for (; j < count; ++j) sum += a[j] * b[j];
+  return sum;
+}
+
+// The features of one layer: [B, K, S]. `first` is that layer's first row of fc_weight; `hidden` is scratch, [B, h, S].
+void layer_features(const GenerateWeights& args, std::int64_t layer, std::int64_t first, float* __restrict__ hidden,
+                    float* __restrict__ features) {
+  const std::int64_t spatial = args.layers[layer].spatial, h = args.hidden, count = h * spatial;
+  const std::int64_t code_stride = static_cast<std::int64_t>(args.layers.size()) * args.width;
+  for (std::int64_t row = 0; row < count; ++row) {
+    const float* weight = args.fc_weight + (first + row) * args.width;
+    for (std::int64_t b = 0; b < args.batch; ++b) {
+      const float* code = args.codes + b * code_stride + layer * args.width;
+      hidden[b * count + row] = dot(weight, code, args.width) + args.fc_bias[first + row];
+    }
+  }
+  gelu_in_place(hidden, args.batch * count);
+  for (std::int64_t b = 0; b < args.batch; ++b) {
+    for (std::int64_t k = 0; k < 2 * h; ++k) {
+      float* feature = features + (b * 2 * h + k) * spatial;
+      for (std::int64_t s = 0; s < spatial; ++s) feature[s] = args.mix_bias[layer * 2 * h + k];
+      for (std::int64_t c = 0; c < h; ++c) {
+        const float weight = args.mix_weight[(layer * 2 * h + k) * h + c];
+        const float* from = hidden + b * count + c * spatial;
+        for (std::int64_t s = 0; s < spatial; ++s) feature[s] += weight * from[s];
+      }
+    }
+  }
+  gelu_in_place(features, args.batch * 2 * h * spatial);
+}
+
+// A tile's weights in registers, feature by feature: `visit(k, weights of feature k)`.
+template <typename Visit>
+inline void each_feature(const float* tile, std::int64_t features, Visit visit) {
+  for (std::int64_t k = 0; k < features; ++k) visit(k, load(tile + k * kTileRows));
+}
+template <typename Visit>
+inline void each_feature(const std::uint16_t* tile, std::int64_t features, Visit visit) {
+  std::int64_t k = 0;
+  for (; k + 2 <= features; k += 2) {
+    const Words pair = *reinterpret_cast<const LooseWords*>(tile + k * kTileRows);
+    visit(k, reinterpret_cast<Floats>(pair << 16));
+    visit(k + 1, reinterpret_cast<Floats>(pair & 0xffff0000u));
+  }
+  if (k < features) visit(k, reinterpret_cast<Floats>(*reinterpret_cast<const LooseWords*>(tile + k * kTileRows) << 16));
+}
+
+// N kernel positions of kLanes rows, from position `s` on: sums[n] = bias + sum over k of weight[k] * feature[k][s + n].
+template <int N, typename Weight>
+inline void block(const Weight* tile, const Weight* bias, const float* feature, std::int64_t features,
+                  std::int64_t spatial, Floats* sums) {
+  Floats local[N];
+  for (int n = 0; n < N; ++n) local[n] = load(bias);
+  each_feature(tile, features, [&](std::int64_t k, Floats weight) __attribute__((always_inline)) {
+    for (int n = 0; n < N; ++n) local[n] += weight * feature[k * spatial + n];
+  });
+  for (int n = 0; n < N; ++n) sums[n] = local[n];
+}
+
+// The rows of a tile are first_row .. first_row + count - 1 of their layer.
+template <bool kStream, int N, typename Weight, typename Out>
+inline void tile_block(const Weight* tile, const Weight* bias, const float* feature, std::int64_t features,
+                       const LayerShape& shape, std::int64_t first_row, std::int64_t count, std::int64_t s, Out* out) {
+  for (int part = 0; part < kParts; ++part) {
+    Floats sums[N];
+    const int lane = part * kLanes;
+    block<N>(tile + lane * (sizeof(Weight) == 2 ? 2 : 1), bias + lane, feature + s, features, shape.spatial, sums);
+    if (shape.i % kTileRows == 0) {  // then 16 rows are 16 neighbours in memory
+      const std::int64_t row = first_row + lane;
+      Out* to = out + (row / shape.i) * shape.spatial * shape.i + s * shape.i + row % shape.i;
+      for (int n = 0; n < N; ++n) {
+        if (kStream) {
+          stream(to + n * shape.i, sums[n]);
+        } else {
+          store(to + n * shape.i, sums[n]);
+        }
+      }
+      continue;
+    }
+    Out values[N][kLanes];
+    for (int n = 0; n < N; ++n) store(values[n], sums[n]);
+    for (int j = 0; j < kLanes && lane + j < count; ++j) {
+      const std::int64_t row = first_row + lane + j;
+      Out* to = out + (row / shape.i) * shape.spatial * shape.i + s * shape.i + row % shape.i;
+      for (int n = 0; n < N; ++n) to[n * shape.i] = values[n][j];
+    }
+  }
+}
+
+template <bool kStream, typename Weight, typename Out>
+inline void tile_weights(const Weight* tile, const Weight* bias, const float* feature, std::int64_t features,
+                         const LayerShape& shape, std::int64_t first_row, std::int64_t count, Out* out) {
+  std::int64_t s = 0;
+  for (; s + kBlock <= shape.spatial; s += kBlock) {
+    tile_block<kStream, kBlock>(tile, bias, feature, features, shape, first_row, count, s, out);
+  }
+#define PUDNET_REST(N)                                                                               \
+  case N:                                                                                            \
+    tile_block<kStream, N>(tile, bias, feature, features, shape, first_row, count, s, out);          \
+    break;
+  switch (shape.spatial - s) {
+    PUDNET_REST(1) PUDNET_REST(2) PUDNET_REST(3) PUDNET_REST(4) PUDNET_REST(5) PUDNET_REST(6) PUDNET_REST(7)
+    PUDNET_REST(8)
+  }
+#undef PUDNET_REST
+}
+
+// A few neighbouring tiles of one layer, for every dataset: the weights are read from memory once and stay in the cache.
+template <typename Weight, typename Out>
+void tiles_typed(const TileRun& run, std::int64_t batch, std::int64_t features) {
+  const std::int64_t tile_size = (sizeof(Weight) == 2 ? (features + 1) / 2 * 2 : features) * kTileRows;
+  for (std::int64_t b = 0; b < batch; ++b) {
+    const float* feature = run.features + b * features * run.shape.spatial;
+    Out* out = static_cast<Out*>(run.out) + b * run.out_stride;
+    const bool aligned = reinterpret_cast<std::uintptr_t>(out) % (sizeof(Out) * kLanes) == 0;
+    for (std::int64_t t = 0; t < run.tiles; ++t) {
+      const Weight* tile = static_cast<const Weight*>(run.weight) + t * tile_size;
+      const Weight* bias = static_cast<const Weight*>(run.bias) + t * kTileRows;
+      const std::int64_t row = run.first_row + t * kTileRows, rows = run.shape.o * run.shape.i;
+      const std::int64_t count = rows - row < kTileRows ? rows - row : kTileRows;
+      if (run.stream && aligned) {
+        tile_weights<true>(tile, bias, feature, features, run.shape, row, count, out);
+      } else {
+        tile_weights<false>(tile, bias, feature, features, run.shape, row, count, out);
+      }
+    }
+  }
+}
+
+void tiles(const TileRun& run, std::int64_t batch, std::int64_t features) {
+  if (run.bfloat16) {
+    run.out_bfloat16 ? tiles_typed<std::uint16_t, std::uint16_t>(run, batch, features)
+                     : tiles_typed<std::uint16_t, float>(run, batch, features);
+  } else {
+    run.out_bfloat16 ? tiles_typed<float, std::uint16_t>(run, batch, features)
+                     : tiles_typed<float, float>(run, batch, features);
+  }
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
+// A float32 tile [K][16] from `count` row-major rows.
+void pack_tile(const void* rows, bool bfloat16, std::int64_t count, std::int64_t features, float* __restrict__ tile) {
+  if (!bfloat16 && count == kTileRows && features % 4 == 0) {
+    // 4 x 4 blocks: transposed in registers, so that neither side is walked element by element.
+    typedef float Four __attribute__((vector_size(16)));
+    typedef float LooseFour __attribute__((vector_size(16), aligned(4), may_alias));
+    const float* from = static_cast<const float*>(rows);
+    for (std::int64_t k = 0; k < features; k += 4) {
+      for (int j = 0; j < kTileRows; j += 4) {
+        const Four a = *reinterpret_cast<const LooseFour*>(from + (j + 0) * features + k);
+        const Four b = *reinterpret_cast<const LooseFour*>(from + (j + 1) * features + k);
+        const Four c = *reinterpret_cast<const LooseFour*>(from + (j + 2) * features + k);
+        const Four d = *reinterpret_cast<const LooseFour*>(from + (j + 3) * features + k);
+        const Four ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+        const Four cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+        float* to = tile + k * kTileRows + j;
+        *reinterpret_cast<LooseFour*>(to) = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
+        *reinterpret_cast<LooseFour*>(to + kTileRows) = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
+        *reinterpret_cast<LooseFour*>(to + 2 * kTileRows) = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
+        *reinterpret_cast<LooseFour*>(to + 3 * kTileRows) = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
+      }
+    }
+    return;
+  }
+  for (int j = 0; j < kTileRows; ++j) {
+    for (std::int64_t k = 0; k < features; ++k) {
+      float value = 0.0f;
+      if (j < count) {
+        value = bfloat16 ? from_bfloat16(static_cast<const std::uint16_t*>(rows)[j * features + k])
+                         : static_cast<const float*>(rows)[j * features + k];
+      }
+      tile[k * kTileRows + j] = value;
+    }
+  }
+}
+
+constexpr Kernels kKernels = {&layer_features, &tiles, &pack_tile};

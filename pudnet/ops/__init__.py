@@ -1,0 +1,7 @@
+"""Stateless functions on tensors: each has one reference that defines it and several backends."""
+
+from pudnet.ops.dataset_stats import ClassStats, ImageStats, class_stats, image_stats
+from pudnet.ops.generate_weights import generate_weights
+from pudnet.ops.layer_recurrence import layer_recurrence
+
+__all__ = ["ClassStats", "ImageStats", "class_stats", "generate_weights", "image_stats", "layer_recurrence"]
