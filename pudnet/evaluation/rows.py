@@ -1,0 +1,236 @@
+"""The rows of every table: ways to a classifier for one task, each measured on the same test images.
+
+A row is one line of ``ROWS``; adding one means adding a line there. Predicted weights and all untrained ones share the
+code that makes a classifier of a network (``pudnet.predictor.finish``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pudnet.data import Preprocess
+from pudnet.data.source import open_images
+from pudnet.evaluation.baselines import pca_weights, random_weights
+from pudnet.evaluation.scratch import accuracy, scratch_settings, train_from_scratch
+from pudnet.evaluation.tasks import Images, Task, draw
+from pudnet.heads import fit_head
+from pudnet.predictor import Predictor, finish
+from pudnet.sketch import Sketch
+
+PROBE_BATCH = 512
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One row on one task.
+
+    Attributes:
+        top1: accuracy on the test images, 0..1.
+        seconds: of the parts ``weights``, ``finish``, ``training`` (those that apply) and the ``total``.
+        expected: leave-one-out accuracy that the head reports, where there is one.
+        curve: (epoch, seconds of training, top1) of a training run.
+    """
+
+    top1: float
+    seconds: dict[str, float]
+    expected: float | None = None
+    curve: list[tuple[float, float, float]] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        seconds = {part: round(value, 4) for part, value in self.seconds.items()}
+        curve = [[epoch, round(at, 3), top1] for epoch, at, top1 in self.curve]
+        return {"top1": self.top1, "expected": self.expected, "seconds": seconds, "curve": curve}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What rows work with: the predictor, its preprocessing, and its target network as an architecture."""
+
+    predictor: Predictor
+    architecture: nn.Module
+
+    @classmethod
+    def open(cls, checkpoint: str) -> Bench:
+        """Load what ``Predictor.from_pretrained`` takes."""
+        predictor = Predictor.from_pretrained(checkpoint)
+        net = predictor.net
+        return cls(predictor, net.materialise(net.layout.views(torch.zeros(net.layout.size))))
+
+    @property
+    def preprocess(self) -> Preprocess:
+        return self.predictor.net.preprocess
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the checkpoint file."""
+        return str(self.predictor.origin["sha256"])
+
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """The classes the checkpoint was not trained on, as its card says: one list, or one for each of its datasets."""
+        listed = self.predictor.net.card.get("held_out", [])
+        return tuple(name for entry in listed for name in ([entry] if isinstance(entry, str) else entry))
+
+    def describe(self) -> str:
+        """All that a row without predicted weights still takes from the checkpoint: architecture and preprocessing."""
+        return f"{self.architecture} {self.preprocess.to_dict()}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A way to a classifier.
+
+    Attributes:
+        key: its name in the JSON file and on the command line.
+        title: its name in tables.
+        run: from a task to its outcome.
+        uses_checkpoint: whether the hypernetwork's weights matter.
+        needs_other: whether it needs images of another dataset.
+        settings: what else determines the result, for the lookup of finished rows.
+    """
+
+    key: str
+    title: str
+    run: Callable[[Bench, Task], Outcome]
+    uses_checkpoint: bool = False
+    needs_other: bool = False
+    settings: str = ""
+
+
+# ---- a network in, a classifier out -----------------------------------------------------------------------------
+
+Weights = Callable[[Bench, Task, Sketch], nn.Module]
+
+
+def _predicted(head: str) -> Callable[[Bench, Task], Outcome]:
+    def run(bench: Bench, task: Task) -> Outcome:
+        model = bench.predictor.predict(task.train.images, task.train.labels, head=head, seed=task.seed)
+        spent = model.report["seconds"]
+        weights = spent["sketch"] + spent["weights"]
+        seconds = {"weights": weights, "finish": spent["calibration"] + spent["head"], "total": spent["total"]}
+        return Outcome(_top1(bench, model, task), seconds, model.report["expected_accuracy"])
+
+    return run
+
+
+def _finished(weights: Weights, head: str) -> Callable[[Bench, Task], Outcome]:
+    """The row of a network whose weights come from ``weights``; everything after them is as for predicted ones."""
+
+    def run(bench: Bench, task: Task) -> Outcome:
+        start = time.perf_counter()
+        train = task.train
+        source = open_images(train.images, train.labels, size=bench.preprocess.size)
+        sketch = bench.predictor.sketch(train.images, train.labels, seed=task.seed)
+        network = weights(bench, task, sketch)
+        made = time.perf_counter()
+        model = finish(network, source, sketch, bench.preprocess, head=head, seed=task.seed)
+        total = time.perf_counter() - start
+        seconds = {"weights": made - start, "finish": total - (made - start), "total": total}
+        return Outcome(_top1(bench, model, task), seconds, model.report["expected_accuracy"])
+
+    return run
+
+
+def _random(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
+    return random_weights(bench.architecture, task.seed + task.number)
+
+
+def _pca(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
+    return pca_weights(bench.architecture, bench.preprocess(sketch.images), seed=task.seed + task.number)
+
+
+def _pca_of_other(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
+    return _pca(bench, task, _other_sketch(bench, task))
+
+
+def _predicted_from_other(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
+    """The other dataset's sketch decides the convolution weights and nothing else: BatchNorm and head see the task."""
+    with torch.no_grad():
+        return bench.predictor.net.materialise(bench.predictor.net.generate(_other_sketch(bench, task)))
+
+
+def _predicted_from_noise(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
+    """Pixels drawn at random: what the hypernetwork makes of no data at all."""
+    noise = torch.randint(0, 256, sketch.images.shape, generator=draw(task.seed, "noise"), dtype=torch.uint8)
+    with torch.no_grad():
+        return bench.predictor.net.materialise(bench.predictor.net.generate(noise))
+
+
+def _other_sketch(bench: Bench, task: Task) -> Sketch:
+    assert task.other is not None  # rows that need one are left out without
+    return bench.predictor.sketch(task.other.images, task.other.labels, seed=task.seed)
+
+
+# ---- the others -------------------------------------------------------------------------------------------------
+
+
+def _pixels(bench: Bench, task: Task) -> Outcome:
+    """Ridge regression on the raw pixels."""
+
+    def batches(part: Images) -> list[tuple[list[Tensor], Tensor]]:
+        pairs = zip(part.images.split(PROBE_BATCH), part.labels.split(PROBE_BATCH), strict=True)
+        return [([bench.preprocess(images).flatten(1)], labels) for images, labels in pairs]
+
+    start = time.perf_counter()
+    head = fit_head("ridge", batches(task.train), len(task.train.classes), seed=task.seed)
+    seconds = time.perf_counter() - start
+    with torch.no_grad():
+        right = sum(int((head(maps).argmax(1) == labels).sum()) for maps, labels in batches(task.test))
+    return Outcome(right / len(task.test.labels), {"finish": seconds, "total": seconds}, head.expected_accuracy)
+
+
+def _scratch(optimizer: str, epochs: int) -> Callable[[Bench, Task], Outcome]:
+    def run(bench: Bench, task: Task) -> Outcome:
+        result = train_from_scratch(
+            bench.architecture,
+            task.train.images,
+            task.train.labels,
+            len(task.train.classes),
+            bench.preprocess,
+            optimizer=optimizer,
+            epochs=epochs,
+            seed=task.seed + task.number,
+            test=(task.test.images, task.test.labels),
+        )
+        curve = [(point.epoch, point.seconds, point.top1) for point in result.curve]
+        return Outcome(curve[-1][2], {"training": result.seconds, "total": result.seconds}, curve=curve)
+
+    return run
+
+
+def _top1(bench: Bench, model: nn.Module, task: Task) -> float:
+    return accuracy(model, task.test.images, task.test.labels, bench.preprocess)
+
+
+ROWS: dict[str, Row] = {
+    row.key: row
+    for row in (
+        Row("predicted-cosine", "predicted weights, cosine", _predicted("cosine"), uses_checkpoint=True),
+        Row("predicted-ridge", "predicted weights, ridge", _predicted("ridge"), uses_checkpoint=True),
+        Row("predicted-ridge-last", "predicted weights, ridge-last", _predicted("ridge-last"), uses_checkpoint=True),
+        Row("predicted-cosine-other", "predicted from another dataset's sketch, cosine",
+            _finished(_predicted_from_other, "cosine"), uses_checkpoint=True, needs_other=True),
+        Row("predicted-ridge-other", "predicted from another dataset's sketch, ridge",
+            _finished(_predicted_from_other, "ridge"), uses_checkpoint=True, needs_other=True),
+        Row("predicted-ridge-noise", "predicted from a sketch of noise, ridge",
+            _finished(_predicted_from_noise, "ridge"), uses_checkpoint=True),
+        Row("random-cosine", "random weights, cosine", _finished(_random, "cosine")),
+        Row("random-ridge", "random weights, ridge", _finished(_random, "ridge")),
+        Row("pca-ridge", "PCA kernels of the dataset, ridge", _finished(_pca, "ridge")),
+        Row("pca-ridge-other", "PCA kernels of another dataset, ridge", _finished(_pca_of_other, "ridge"),
+            needs_other=True),
+        Row("pixels-ridge", "raw pixels, ridge", _pixels),
+        *(
+            Row(f"{optimizer}-{epochs}", f"{title} from scratch, {epochs} epochs", _scratch(optimizer, epochs),
+                settings=scratch_settings(optimizer, epochs))
+            for optimizer, title in (("adam", "Adam"), ("sgd", "SGD"))
+            for epochs in (5, 20)
+        ),
+    )
+}  # fmt: skip

@@ -1,0 +1,171 @@
+"""The harness from end to end, on made-up image sets and an untrained hypernetwork."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pudnet import PudNet
+from pudnet.errors import InputError
+from pudnet.evaluation import harness, tables
+from pudnet.evaluation.__main__ import main
+from pudnet.evaluation.rows import ROWS, Bench
+from pudnet.evaluation.tasks import GROUPS, Material, per_class, unseen_classes
+
+CLASSES = 8  # in each half
+HELD_OUT = [f"a{label}" for label in range(3)], [f"b{label}" for label in range(2, 6)]
+CHEAP = ("predicted-ridge", "predicted-cosine", "predicted-ridge-other", "random-ridge", "pca-ridge", "pixels-ridge", "adam-5")
+
+
+def write_npz(path: Path, prefix: str, side: int, channels: int, train: int, seed: int) -> None:
+    """Classes differ in their mean colour and one stripe."""
+    rng = np.random.default_rng(seed)
+    arrays = {"class_names": np.array([f"{prefix}{label}" for label in range(CLASSES)])}
+    for split, count in (("train", train), ("test", 4)):
+        labels = np.repeat(np.arange(CLASSES), count)
+        x = rng.integers(0, 100, (len(labels), side, side, channels))
+        x += rng.permutation(CLASSES)[0] + 15 * labels[:, None, None, None]
+        x[np.arange(len(labels)), labels % side] += 40
+        arrays |= {f"x_{split}": x.astype(np.uint8), f"y_{split}": labels.astype(np.uint8)}
+    np.savez(path, **arrays)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_npz(folder / "tinyimagenet32_a.npz", "a", 12, 3, 14, 0)
+    write_npz(folder / "tinyimagenet32_b.npz", "b", 12, 3, 14, 1)
+    write_npz(folder / "fashion_mnist.npz", "f", 9, 1, 10, 2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("checkpoint") / "untrained.safetensors"
+    net = PudNet("convnet3", image_size=16, width=16, generator_width=2)
+    net.save(path, card={"held_out": [list(part) for part in HELD_OUT]})
+    return str(path)
+
+
+@pytest.fixture
+def settings(data: Path, checkpoint: str) -> harness.Settings:
+    return harness.Settings(checkpoint, data, ("unseen", "fashion", "omniglot"), CHEAP, repeats=2, ways=3)
+
+
+def test_every_row_of_every_task_and_nothing_twice(settings: harness.Settings) -> None:
+    seen: list[tuple[int, int]] = []
+    records, skipped = harness.run(settings, progress=lambda found, done, of: seen.append((done, of)))
+    assert [(record["group"], record["number"], record["row"]) for record in records] == [
+        (group, number, row) for group, number in (("unseen", 0), ("unseen", 1), ("fashion", 0)) for row in CHEAP
+    ]
+    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert list(skipped) == ["omniglot"] and "omniglot28_8alphabets.npz" in skipped["omniglot"]
+    assert all(0 <= record["top1"] <= 1 and record["seconds"]["total"] > 0 for record in records)
+    assert all((record["expected"] is None) == (record["row"] == "adam-5") for record in records)
+    assert {record["n_train"] for record in records if record["group"] == "unseen"} == {3 * 14}
+    best = [record["top1"] for record in records if record["row"] == "pixels-ridge"]
+    assert min(best) > 0.6  # the classes are easy: rows are not measured on shuffled labels
+
+    # What is known is not computed again, whether it was right or not; the same run gives the same numbers.
+    marked = [{**record, "top1": 0.123} for record in records]
+    assert [record["top1"] for record in harness.run(settings, known=marked)[0]] == [0.123] * len(records)
+    again, _ = harness.run(settings)
+    assert [record["top1"] for record in again] == [record["top1"] for record in records]
+
+
+def test_tasks_are_of_held_out_classes_and_parts_do_not_mix(data: Path) -> None:
+    names = tuple(HELD_OUT[0] + HELD_OUT[1])
+    material = Material(data, 12, names, ways=3)
+    tasks = [unseen_classes(material, number, seed=0) for number in range(6)]
+    assert {name for task in tasks for name in task.train.classes} <= set(names)
+    assert len({task.train.classes for task in tasks}) > 1
+    assert len({task.fingerprint for task in tasks}) == 6
+    for task in tasks:
+        assert task.train.labels.bincount().tolist() == [14] * 3
+        assert task.test.labels.bincount().tolist() == [4] * 3
+        # The test images of a class are those of the file, under the task's own label.
+        name = task.test.classes[1]
+        with np.load(data / f"tinyimagenet32_{name[0]}.npz") as file:
+            expected = file["x_test"][file["y_test"] == int(name[1:])]
+        assert np.array_equal(task.test.images[task.test.labels == 1].numpy(), expected)
+    with pytest.raises(InputError, match="held_out"):
+        unseen_classes(Material(data, 12, ("a0", "nobody")), 0, 0)
+
+
+def test_per_class_draws_at_most_so_many_of_each() -> None:
+    labels = torch.tensor([0] * 9 + [1] * 2 + [2] * 5)
+    rows = per_class(labels, 4, torch.Generator().manual_seed(0))
+    assert labels[rows].bincount().tolist() == [4, 2, 4]
+    assert len(rows.unique()) == 10
+    assert not torch.equal(labels[rows], labels[rows].sort().values)
+
+
+def test_too_few_held_out_classes_leave_the_group_out(settings: harness.Settings) -> None:
+    from dataclasses import replace
+
+    records, skipped = harness.run(replace(settings, groups=("unseen",), held_out=("a0", "a1")))
+    assert records == [] and "3 classes" in skipped["unseen"]
+    with pytest.raises(InputError, match="rows"):
+        harness.run(replace(settings, rows=("predicted", "adam-5")))
+
+
+def test_baselines_do_not_depend_on_the_hypernetworks_weights(checkpoint: str, tmp_path: Path) -> None:
+    """A new checkpoint must not make an hour of training from scratch run again."""
+    net = PudNet("convnet3", image_size=16, width=16, generator_width=2, seed=1)
+    net.save(tmp_path / "other.safetensors")
+    one, two = Bench.open(checkpoint), Bench.open(str(tmp_path / "other.safetensors"))
+    for key in ("adam-20", "pca-ridge", "predicted-ridge", "predicted-ridge-other"):
+        same = harness._identity("task", ROWS[key], one) == harness._identity("task", ROWS[key], two)
+        assert same == (not key.startswith("predicted"))
+
+
+def test_command_renders_resumes_and_reports_errors(
+    data: Path, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, numbers = tmp_path / "docs" / "results.md", tmp_path / "bench" / "evaluation.json"
+    rows = ["predicted-ridge", "adam-5", "random-ridge"]
+    common = ["--data", str(data), "-o", str(page), "--json", str(numbers), "--workers", "0"]
+    command = ["--checkpoint", checkpoint, *common, "--groups", "unseen", "mnist", "--tasks", "2", "--ways", "3", "--rows"]
+    assert main([*command, *rows]) == 0
+    text = page.read_text()
+    assert "## 3 unseen classes of Tiny-ImageNet" in text and "| Adam from scratch, 5 epochs |" in text
+    assert "../bench/accuracy.svg" in text and "Left out: needs mnist.npz" in text
+    document = json.loads(numbers.read_text())
+    assert len(document["records"]) == 6 and document["environment"]["torch"] == torch.__version__
+    for picture in ("accuracy.svg", "accuracy_seconds.svg"):
+        assert (numbers.parent / picture).read_text().lstrip().startswith("<?xml")
+    assert main([*command, *rows]) == 0  # taken from the file: even the seconds are the same
+    assert json.loads(numbers.read_text())["records"] == document["records"]
+
+    capsys.readouterr()
+    assert main(["--checkpoint", str(tmp_path / "none.safetensors"), *common]) == 2
+    assert "none.safetensors" in capsys.readouterr().err
+
+
+def test_tables_state_means_and_errors_by_hand() -> None:
+    def record(row: str, number: int, top1: float) -> harness.Record:
+        return {"key": f"{row}{number}", "group": "unseen", "number": number, "row": row, "n_train": 10, "n_test": 100,
+                "top1": top1, "expected": 0.5, "seconds": {"total": 2.0, "training": 0.5}, "curve": []}  # fmt: skip
+
+    records = [record("predicted-ridge", n, top1) for n, top1 in enumerate((0.7, 0.8, 0.9))]
+    records += [record("adam-20", n, top1) for n, top1 in enumerate((0.6, 0.8, 0.7))]
+    assert tables.accuracy_cell(records[:3]) == "80.0 ± 5.8"  # 10 / sqrt(3)
+    assert tables.accuracy_cell(records[:1]) == "70.0 ± 4.6"  # sqrt(0.7 * 0.3 / 100)
+    environment = harness.environment(1)
+    document = {"format": 1, "command": "made up", "checkpoint": "x", "checkpoint_sha256": "y", "seed": 0, "ways": 5,
+                "processes": 1, "environment": environment, "skipped": {}, "records": records}  # fmt: skip
+    page = tables.markdown(document, {})
+    assert "| Adam from scratch, 20 epochs | 70.0 ± 5.8 | 50.0 |  |  | 0.500 | 2.0 |" in page
+    assert "| predicted, ridge, minus Adam 20 epochs | +10.0 ± 5.8 |" in page  # differences 10, 0, 20
+
+
+def test_a_group_that_cannot_be_drawn_says_why() -> None:
+    from pudnet.evaluation.tasks import available
+
+    material = Material(None, 32, ())
+    assert available(GROUPS["digits"], material) == ""
+    assert "mnist.npz" in available(GROUPS["mnist"], material)
