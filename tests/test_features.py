@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pudnet.errors import InputError, ShapeError
+from pudnet.features import feature_maps, pool_features
+
+
+class Own(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+    def feature_maps(self, x: Tensor) -> list[Tensor]:
+        first = F.relu(self.conv(x))
+        return [first, F.max_pool2d(first, 2)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.feature_maps(x)[-1]
+
+
+class Residual(nn.Module):
+    """Overwrites the second norm's output in place, as torchvision's blocks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.conv2, self.norm2 = nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(2, 4)
+        self.free_norm = nn.BatchNorm2d(4)  # follows no convolution
+        self.relu = nn.ReLU(inplace=True)
+        self.bare = nn.Conv2d(4, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.relu(self.norm1(self.conv1(x)))
+        b = self.norm2(self.conv2(a))
+        b += a
+        return self.bare(self.free_norm(self.relu(b)))
+
+
+def images(n: int = 5, size: int = 9) -> Tensor:
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_modules_own_method_is_used() -> None:
+    module, x = Own(), images()
+    assert [list(m.shape) for m in feature_maps(module, x)] == [[5, 8, 9, 9], [5, 8, 4, 4]]
+
+
+def test_norms_that_follow_convolutions_are_tapped_before_in_place_changes() -> None:
+    module, x = Residual().eval(), images()
+    maps = feature_maps(module, x)
+    first = F.relu(module.norm1(module.conv1(x)))
+    second = module.norm2(module.conv2(first))
+    torch.testing.assert_close(maps[0], first)
+    torch.testing.assert_close(maps[1], F.relu(second))
+    torch.testing.assert_close(maps[2], F.relu(module(x)))
+    assert len(maps) == 3
+
+
+def test_norms_after_several_convolutions_keep_call_order() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.late, self.early = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 5, 1)
+            self.norm_late, self.norm_early = nn.BatchNorm2d(2), nn.BatchNorm2d(5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = self.early(x), self.late(x)
+            return torch.cat([self.norm_early(a), self.norm_late(b)], 1)
+
+    module, x = Branches().eval(), images()
+    early, late = feature_maps(module, x)
+    torch.testing.assert_close(early, F.relu(module.norm_early(module.early(x))))
+    torch.testing.assert_close(late, F.relu(module.norm_late(module.late(x))))
+
+
+def test_hooks_are_removed_after_success_and_failure() -> None:
+    module = Residual().eval()
+    feature_maps(module, images())
+    with pytest.raises(RuntimeError):
+        feature_maps(module, torch.zeros(1, 7, 9, 9))
+    assert not any(layer._forward_hooks for layer in module.modules())
+
+
+def test_a_module_without_convolutions_is_an_error() -> None:
+    with pytest.raises(InputError, match="calls none"):
+        feature_maps(nn.Flatten(), images())
+
+
+@pytest.mark.parametrize(
+    ("shape", "features"),
+    [
+        ((64, 16, 16), 1024),
+        ((64, 4, 4), 1024),
+        ((65, 16, 16), 65 * 4),
+        ((128, 8, 8), 512),
+        ((256, 3, 3), 1024),
+        ((512, 4, 4), 512),
+        ((2000, 7, 7), 2000),
+        ((8, 3, 5), 8 * 4),
+        ((8, 1, 9), 8),
+        ((8, 7, 5), 8 * 16),
+    ],
+)
+def test_pooling_grid(shape: tuple[int, int, int], features: int) -> None:
+    x = torch.rand(3, *shape)
+    pooled = pool_features([x])
+    assert pooled.shape == (3, features)
+    g = round((features / shape[0]) ** 0.5)
+    torch.testing.assert_close(pooled, F.normalize(F.adaptive_avg_pool2d(x, g).flatten(1), dim=1))
+
+
+def test_each_map_is_normalised_and_the_last_can_be_had_alone() -> None:
+    maps = [torch.rand(4, 8, 6, 6) * 100, torch.rand(4, 10), torch.zeros(4, 2, 2, 2)]
+    pooled = pool_features(maps)
+    assert pooled.shape == (4, 128 + 10 + 8)
+    torch.testing.assert_close(pooled[:, :128].norm(dim=1), torch.ones(4))
+    torch.testing.assert_close(pooled[:, 128:138], F.normalize(maps[1], dim=1))
+    assert torch.equal(pooled[:, 138:], torch.zeros(4, 8))
+    torch.testing.assert_close(pool_features(maps[:2], "last"), F.normalize(maps[1], dim=1))
+
+
+def test_bad_input() -> None:
+    with pytest.raises(InputError, match="'all' or 'last'"):
+        pool_features([torch.rand(2, 3)], "first")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="at least one feature map"):
+        pool_features([])
+    with pytest.raises(ShapeError):
+        pool_features([torch.rand(2, 3, 4)])
+
+
+@pytest.mark.parametrize("size", [8, 9])
+def test_exports_with_a_dynamic_batch(size: int) -> None:
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = Own()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return pool_features(feature_maps(self.body, x))
+
+    module = Pooled().eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(module, (images(5, size),), dynamic_shapes=({0: batch},)).module()
+    torch.testing.assert_close(exported(images(3, size)), module(images(3, size)))
