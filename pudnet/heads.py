@@ -1,0 +1,648 @@
+"""Classification heads, fitted in closed form on the features of a finished network.
+
+n images, F pooled features, K classes, m images of the leave-one-out estimate.
+
+Every head reports the accuracy to expect on new images: each image is classified by the head that would have been
+fitted without it (leave-one-out, in closed form, no refitting). The same outputs give the temperature that turns the
+head's outputs into calibrated probabilities.
+
+Every image counts once: there is no class weighting, so that the expected accuracy and the probabilities hold for new
+images in the same mix of classes as the given ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError, message
+from pudnet.features import Layers, pool_features
+
+Batch = tuple[Sequence[Tensor], Tensor]  # feature maps, labels [b]
+
+# Released PudNet's initial temperature; kept where nothing can be left out to measure a better one.
+INITIAL_TEMPERATURE = 10.0
+# Above this many images the leave-one-out estimate of an accumulated head uses a random sample of so many (its
+# standard error is then at most 1.1 points).
+LOO_ROWS = 2048
+# Gram matrices are updated with at least so many rows at once: adding F x F numbers costs as much as 500 rows.
+CHUNK_ROWS = 1024
+# Half-decades of lambda, in units of the mean squared norm of the centred features.
+LAMBDA_EXPONENTS = range(-8, 7)
+# float32 factorisations are used up to this condition number (bound), float64 above.
+FLOAT32_CONDITION = 1e6
+
+
+class Head(nn.Module):
+    """A fitted classifier: feature maps -> logits whose softmax are calibrated probabilities.
+
+    Attributes:
+        name: one of ``HEADS``.
+        num_classes: K.
+        expected_accuracy: leave-one-out accuracy, 0 to 1.
+        info: how it was fitted (JSON-able): ``images``, ``features``, ``loo_images``, ``temperature``, ``loo_nll``,
+            ``single_image_classes``; for ridge also ``lambda``, ``lambda_relative``, ``loo_squared_error``, ``form``.
+    """
+
+    layers: ClassVar[Layers] = "all"
+    weight: Tensor  # [K, F]
+    temperature: Tensor  # []
+
+    def __init__(
+        self, name: str, tensors: Mapping[str, Tensor], expected_accuracy: float, info: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.num_classes = tensors["weight"].shape[0]
+        self.expected_accuracy = expected_accuracy
+        self.info = info
+        for key, tensor in tensors.items():
+            self.register_buffer(key, tensor.detach().to(torch.float32, copy=True))
+
+    @staticmethod
+    def shapes(num_classes: int, features: int) -> dict[str, list[int]]:
+        """Name and shape of every tensor of such a head."""
+        return {"weight": [num_classes, features], "temperature": []}
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The fitted tensors by name; with :meth:`config` all that :func:`head_from_config` needs."""
+        return dict(self.named_buffers())
+
+    def config(self) -> dict[str, Any]:
+        """A JSON-able description."""
+        return {
+            "name": self.name,
+            "num_classes": self.num_classes,
+            "features": self.weight.shape[1],
+            "expected_accuracy": self.expected_accuracy,
+            "info": dict(self.info),
+        }
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Feature maps ``[n, C, h, w]`` or ``[n, F]`` each -> logits ``[n, K]``."""
+        return self.temperature * self.scores(pool_features(maps, self.layers).to(self.weight.dtype))
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Pooled features ``[n, F]`` -> scores before calibration ``[n, K]``."""
+        raise NotImplementedError
+
+
+class CosineHead(Head):
+    """Cosine of the last layer's features with each class mean (the papers' head); ``weight`` holds the unit means."""
+
+    layers: ClassVar[Layers] = "last"
+
+    def scores(self, features: Tensor) -> Tensor:
+        return F.linear(features, self.weight)
+
+
+class RidgeHead(Head):
+    """Ridge regression of one-hot targets on the features of all layers."""
+
+    bias: Tensor  # [K]
+
+    @staticmethod
+    def shapes(num_classes: int, features: int) -> dict[str, list[int]]:
+        return {"weight": [num_classes, features], "bias": [num_classes], "temperature": []}
+
+    def scores(self, features: Tensor) -> Tensor:
+        return F.linear(features, self.weight, self.bias)
+
+
+class RidgeLastHead(RidgeHead):
+    """Ridge regression of one-hot targets on the features of the last layer."""
+
+    layers: ClassVar[Layers] = "last"
+
+
+HEADS: dict[str, type[Head]] = {"cosine": CosineHead, "ridge": RidgeHead, "ridge-last": RidgeLastHead}
+
+
+# Heads are used with autograd after they are fitted, so their tensors must not be inference tensors.
+@torch.inference_mode(False)
+@torch.no_grad()
+def fit_head(name: str, batches: Iterable[Batch], num_classes: int, *, seed: int = 0, loo_rows: int = LOO_ROWS) -> Head:
+    """Fit a head in one pass over ``batches``.
+
+    Up to max(F, ``loo_rows``) images the pooled features are kept and every image takes part in the leave-one-out
+    estimate. Beyond that the Gram matrix is accumulated, and a random sample of ``loo_rows`` images, kept on the way,
+    takes part; memory is O(F^2 + F K) however many images there are.
+
+    An image that is alone in its class cannot be classified right when it is left out. It counts as an error in the
+    expected accuracy, and not at all in the temperature.
+
+    Args:
+        name: one of ``HEADS``: ``"cosine"``, ``"ridge"``, ``"ridge-last"``.
+        batches: (feature maps, integer labels ``[b]``) in any order and of any size; read once.
+        num_classes: K; every class must have at least one image.
+        seed: of the sample for the leave-one-out estimate.
+        loo_rows: size of that sample.
+
+    Raises:
+        InputError: unknown name, fewer than two classes, a class without images, a label outside 0..K-1, features that
+            are not finite. ShapeError, DtypeError: labels or maps of a wrong shape or type.
+    """
+    check_head(name)
+    if num_classes < 2:
+        raise InputError(message("fit_head", "num_classes", "at least 2", num_classes))
+    if loo_rows < 2:
+        raise InputError(message("fit_head", "loo_rows", "at least 2", loo_rows))
+    chunks = _pooled_chunks(batches, HEADS[name].layers, num_classes)
+    first = next(chunks, None)
+    if first is None:
+        raise InputError(message("fit_head", "batches", "at least one image", "none"))
+    fit = _fit_cosine if name == "cosine" else _fit_ridge
+    fitted = fit(first[0], chain([first], chunks), num_classes, seed, loo_rows)
+
+    counts = fitted.counts
+    repeated = counts[fitted.loo_labels] > 1  # [m]
+    temperature, nll = fit_temperature(fitted.loo_scores[repeated], fitted.loo_labels[repeated])
+    correct = (fitted.loo_scores.argmax(1) == fitted.loo_labels) & repeated
+    info = {
+        "images": int(counts.sum()),
+        "features": fitted.tensors["weight"].shape[1],
+        "loo_images": len(correct),
+        "single_image_classes": int((counts == 1).sum()),
+        "temperature": temperature,
+        "loo_nll": nll,
+        **fitted.info,
+    }
+    tensors = {**fitted.tensors, "temperature": torch.tensor(temperature, device=counts.device)}
+    return HEADS[name](name, tensors, correct.double().mean().item(), info)
+
+
+def check_head(name: str) -> None:
+    """Raise InputError, listing the heads there are, unless ``name`` is one of them."""
+    if name not in HEADS:
+        known = ", ".join(repr(known) for known in HEADS)
+        raise InputError(message("fit_head", "head", f"one of {known}", repr(name)))
+
+
+def head_from_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Head:
+    """Rebuild a head from ``head.config()`` and ``head.state``.
+
+    Raises:
+        CheckpointError: an entry or tensor is missing, unknown or of the wrong shape.
+    """
+    where = "head_from_config"
+    missing = [key for key in ("name", "num_classes", "features", "expected_accuracy", "info") if key not in config]
+    if missing:
+        raise CheckpointError(message(where, "config", "complete", f"one without {', '.join(missing)}"))
+    if config["name"] not in HEADS:
+        raise CheckpointError(message(where, "config name", f"one of {', '.join(HEADS)}", repr(config["name"])))
+    head = HEADS[config["name"]]
+    shapes = head.shapes(config["num_classes"], config["features"])
+    got = {key: list(tensor.shape) for key, tensor in tensors.items()}
+    if got != shapes:
+        raise CheckpointError(message(where, "tensors", f"of the shapes {shapes}", got))
+    return head(config["name"], tensors, config["expected_accuracy"], dict(config["info"]))
+
+
+@dataclass
+class _Fit:
+    """What a fit yields before calibration; the leave-one-out scores [m, K] are those of ``loo_labels`` [m]."""
+
+    tensors: dict[str, Tensor]
+    counts: Tensor  # [K] images per class
+    loo_scores: Tensor
+    loo_labels: Tensor
+    info: dict[str, Any]
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------
+
+
+def _pooled_chunks(batches: Iterable[Batch], layers: Layers, num_classes: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Checked batches, pooled to float32 features [c, F] and labels [c], joined to chunks of CHUNK_ROWS or more."""
+    pending: list[tuple[Tensor, Tensor]] = []
+    rows = 0
+    for maps, labels in batches:
+        features = pool_features(maps, layers).to(torch.float32)
+        _check_rows("fit_head", features, labels, num_classes)
+        if pending and features.shape[1] != pending[0][0].shape[1]:
+            rule = f"as wide as the earlier batches' ({pending[0][0].shape[1]} features)"
+            raise ShapeError(message("fit_head", "batches", rule, features.shape[1]))
+        pending.append((features, labels.to(features.device, torch.long)))
+        rows += len(features)
+        if rows >= CHUNK_ROWS:
+            yield _join(pending)
+            pending, rows = [], 0
+    if rows:
+        yield _join(pending)
+
+
+def _join(pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if len(pairs) == 1:
+        return pairs[0]
+    return torch.cat([features for features, _ in pairs]), torch.cat([labels for _, labels in pairs])
+
+
+def _check_rows(where: str, features: Tensor, labels: Tensor, num_classes: int) -> None:
+    if labels.dim() != 1 or len(labels) != len(features):
+        raise ShapeError(message(where, "labels", f"[{len(features)}], one per image", list(labels.shape)))
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise DtypeError(message(where, "labels", "of an integer dtype", labels.dtype))
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        got = f"{int(labels.min())}..{int(labels.max())}"
+        raise InputError(message(where, "labels", f"within 0..{num_classes - 1}", got))
+    if not math.isfinite(features.sum(dtype=torch.float64).item()):
+        hint = "Look for NaN or infinity in the images."
+        raise InputError(message(where, "features", "finite", "NaN or infinity", hint))
+
+
+class _Reservoir:
+    """A uniform random sample of at most ``capacity`` rows of a stream; all of them while they fit."""
+
+    def __init__(self, capacity: int, seed: int) -> None:
+        self.capacity = capacity
+        self.seen = 0
+        self._parts: list[tuple[Tensor, Tensor]] = []
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def add(self, features: Tensor, labels: Tensor) -> None:
+        """Add rows: features ``[b, F]``, labels ``[b]``."""
+        before = self.seen
+        self.seen += len(labels)
+        if before < self.capacity:
+            room = self.capacity - before
+            self._parts.append((features[:room], labels[:room]))
+        if self.seen <= self.capacity:
+            return
+        if before <= self.capacity:  # the first time: own the rows before writing to them
+            self._parts = [(torch.cat([f for f, _ in self._parts]), torch.cat([y for _, y in self._parts]))]
+        kept_features, kept_labels = self._parts[0]
+        # Row number t (from 0) replaces a random one of t + 1 places, if that place is among those kept.
+        late = torch.arange(max(before, self.capacity), self.seen)
+        draws = torch.rand(len(late), generator=self._generator, dtype=torch.float64)
+        places = (draws * (late + 1)).long().tolist()
+        taken = {place: row - before for place, row in zip(places, late.tolist(), strict=True) if place < self.capacity}
+        if taken:  # of two rows for one place the later stays
+            to = torch.tensor(list(taken), device=features.device)
+            source = torch.tensor(list(taken.values()), device=features.device)
+            kept_features[to], kept_labels[to] = features[source], labels[source]
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Features ``[m, F]`` and labels ``[m]``."""
+        self._parts = [_join(self._parts)]
+        return self._parts[0]
+
+
+def _require_every_class(counts: Tensor) -> None:
+    empty = torch.nonzero(counts == 0).flatten().tolist()
+    if empty:
+        got = f"none for {len(empty)} of {len(counts)} (the first is label {empty[0]})"
+        raise InputError(message("fit_head", "batches", "images of every class", got))
+
+
+# ---- cosine -----------------------------------------------------------------------------------------------------
+
+
+def _fit_cosine(
+    first: Tensor, chunks: Iterable[tuple[Tensor, Tensor]], num_classes: int, seed: int, loo_rows: int
+) -> _Fit:
+    """Class means of unit features; an image is left out by taking it off its class's sum."""
+    sample = _Reservoir(loo_rows, seed)
+    counts = torch.zeros(num_classes, dtype=torch.long, device=first.device)
+    sums = torch.zeros(num_classes, first.shape[1], dtype=torch.float64, device=first.device)
+    for features, labels in chunks:
+        counts += torch.bincount(labels, minlength=num_classes)
+        sums.index_add_(0, labels, features.double())
+        sample.add(features, labels)
+    _require_every_class(counts)
+    means = F.normalize(sums, dim=1)  # [K, F]
+
+    x, y = sample.rows()  # [m, F], [m]
+    x = x.double()
+    scores = x @ means.T  # [m, K]
+    own_score = (x * F.normalize(sums[y] - x, dim=1)).sum(1)
+    # Nothing is left of a class of one image: the lowest cosine there is.
+    own_score[counts[y] == 1] = -1.0
+    scores.scatter_(1, y[:, None], own_score[:, None])
+    return _Fit({"weight": means}, counts, scores, y, {})
+
+
+# ---- ridge ------------------------------------------------------------------------------------------------------
+
+
+class RidgeAccumulator:
+    """Everything ridge regression needs to know of a set of images: class counts, class sums and scatter matrix.
+
+    Images can be added batch by batch, classes can be added, and accumulators of different shards merge into that of
+    the whole. Sums are kept in float64 about the running mean, so nothing is lost to cancellation.
+
+    Attributes:
+        counts: ``[K]`` images per class. sums: ``[K, F]`` sums of features. scatter: ``[F, F]`` centred X'X, of which
+        only the lower triangle is meaningful.
+    """
+
+    def __init__(self, features: int, num_classes: int, device: torch.device | str | None = None) -> None:
+        self.counts = torch.zeros(num_classes, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(num_classes, features, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(features, features, dtype=torch.float64, device=device)
+
+    @property
+    def images(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the features ``[F]``."""
+        return self.sums.sum(0) / self.counts.sum().clamp_min(1.0)
+
+    @torch.no_grad()
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Add images: features ``[b, F]``, labels ``[b]``. Best in batches of about 1000.
+
+        Raises:
+            ShapeError, DtypeError, InputError: wrong width, labels out of range, features that are not finite.
+        """
+        num_classes, width = self.sums.shape
+        if features.dim() != 2 or features.shape[1] != width:
+            raise ShapeError(message("RidgeAccumulator", "features", f"[b, {width}]", list(features.shape)))
+        _check_rows("RidgeAccumulator", features, labels, num_classes)
+        if len(labels) == 0:
+            return
+        labels = labels.to(features.device, torch.long)
+        counts = torch.bincount(labels, minlength=num_classes).double()
+        sums = torch.zeros_like(self.sums).index_add_(0, labels, features.double())
+        mean = sums.sum(0) / len(labels)
+        centred = features - mean.to(features.dtype)
+        self._add(counts, sums, lambda i, j: centred[:, i:j].T @ centred[:, :j])
+
+    @torch.no_grad()
+    def merge(self, other: RidgeAccumulator) -> None:
+        """Add another accumulator's images, as if they had been given to :meth:`update`."""
+        if self.sums.shape != other.sums.shape:
+            rule = f"of {self.sums.shape[0]} classes and {self.sums.shape[1]} features"
+            got = f"{other.sums.shape[0]} and {other.sums.shape[1]}"
+            raise ShapeError(message("RidgeAccumulator", "other", rule, got))
+        if other.images:
+            self._add(other.counts, other.sums, lambda i, j: other.scatter[i:j, :j])
+
+    def add_classes(self, count: int) -> None:
+        """Make room for ``count`` more classes, labelled after the present ones."""
+        if count < 0:
+            raise InputError(message("RidgeAccumulator", "count", "at least 0", count))
+        self.counts = torch.cat([self.counts, self.counts.new_zeros(count)])
+        self.sums = torch.cat([self.sums, self.sums.new_zeros(count, self.sums.shape[1])])
+
+    @torch.no_grad()
+    def solve(self, lam: float) -> tuple[Tensor, Tensor]:
+        """Weight ``[K, F]`` and bias ``[K]`` (float64) of the regression of one-hot targets with penalty ``lam``.
+
+        Raises:
+            InputError: there are no images, or the penalised matrix is not positive definite (raise ``lam``).
+        """
+        if not self.images:
+            raise InputError(message("RidgeAccumulator", "images", "added before solving", "none"))
+        factor, failed = torch.linalg.cholesky_ex(self.penalised(lam, torch.float64))
+        if int(failed):
+            raise InputError(message("RidgeAccumulator", "lam", "large enough for a positive definite matrix", lam))
+        return self.weights(factor)
+
+    def penalised(self, lam: float, dtype: torch.dtype) -> Tensor:
+        """Scatter + ``lam`` I ``[F, F]``, lower triangle."""
+        matrix = self.scatter.to(dtype, copy=True)
+        matrix.diagonal().add_(lam)
+        return matrix
+
+    def weights(self, factor: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight ``[K, F]`` and bias ``[K]`` from a factor of the penalised scatter."""
+        mean = self.mean
+        cross = self.sums - self.counts[:, None] * mean  # [K, F] centred Y'X: the targets are one-hot
+        weight = torch.cholesky_solve(cross.T.to(factor.dtype), factor).T.double()
+        bias = self.counts / self.counts.sum() - weight @ mean
+        return weight, bias
+
+    def _add(self, counts: Tensor, sums: Tensor, scatter: Callable[[int, int], Tensor]) -> None:
+        """Add a group of images; ``scatter(i, j)`` gives rows i:j, columns :j of its scatter about its own mean."""
+        ours, theirs = self.counts.sum(), counts.sum()
+        # The scatter of a union is the sum of both and of the two means about the common one.
+        shift = (sums.sum(0) / theirs - self.mean) * torch.sqrt(ours * theirs / (ours + theirs))  # [F]
+        for i, j in _row_blocks(len(shift)):
+            block = self.scatter[i:j, :j]
+            block += scatter(i, j)
+            block.addr_(shift[i:j], shift[:j])
+        self.counts += counts
+        self.sums += sums
+
+
+def _row_blocks(rows: int, size: int = 256) -> Iterator[tuple[int, int]]:
+    """Row ranges of a symmetric matrix: computing each only up to its diagonal block saves nearly half of the work."""
+    return ((i, min(i + size, rows)) for i in range(0, rows, size))
+
+
+@dataclass
+class _Solution:
+    """A ridge fit at one lambda: model and leave-one-out scores ``[m, K]``."""
+
+    error: float
+    exponent: int
+    lam: float
+    weights: Callable[[], tuple[Tensor, Tensor]]  # -> weight [K, F], bias [K]
+    loo_scores: Tensor
+
+
+def _fit_ridge(
+    first: Tensor, chunks: Iterable[tuple[Tensor, Tensor]], num_classes: int, seed: int, loo_rows: int
+) -> _Fit:
+    """Few images: n x n kernel, exact leave-one-out of all. Many: F x F scatter, leave-one-out of a sample."""
+    width = first.shape[1]
+    sample = _Reservoir(max(width, loo_rows), seed)
+    whole: RidgeAccumulator | None = None
+    for features, labels in chunks:
+        if whole is None and sample.seen + len(labels) > sample.capacity:
+            whole = _accumulate(sample, width, num_classes, first.device)
+        if whole is not None:
+            whole.update(features, labels)
+        sample.add(features, labels)
+    if whole is None and sample.seen > width:
+        whole = _accumulate(sample, width, num_classes, first.device)
+    x, y = sample.rows()
+    counts = torch.bincount(y, minlength=num_classes) if whole is None else whole.counts.long()
+    _require_every_class(counts)
+
+    if whole is None:
+        solve, scale = _dual_solver(x, y, counts)
+    else:
+        if len(y) > loo_rows:
+            some = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))[:loo_rows].to(y.device)
+            x, y = x[some], y[some]
+        solve, scale = _primal_solver(whole, x, y)
+    best = _best_lambda(solve, scale)
+    weight, bias = best.weights()
+    info = {
+        "lambda": best.lam,
+        "lambda_relative": 10.0 ** (best.exponent / 2),
+        "loo_squared_error": best.error,
+        "form": "dual" if whole is None else "primal",
+    }
+    return _Fit({"weight": weight, "bias": bias}, counts, best.loo_scores, y, info)
+
+
+def _accumulate(sample: _Reservoir, width: int, num_classes: int, device: torch.device) -> RidgeAccumulator:
+    """An accumulator of the rows in ``sample``, while those are all there have been."""
+    whole = RidgeAccumulator(width, num_classes, device)
+    if sample.seen:
+        x, y = sample.rows()
+        for i in range(0, len(y), CHUNK_ROWS):
+            whole.update(x[i : i + CHUNK_ROWS], y[i : i + CHUNK_ROWS])
+    return whole
+
+
+Solver = Callable[[int, float], _Solution | None]  # exponent, lambda -> solution, if there is one in float64
+
+
+def _best_lambda(solve: Solver, scale: float) -> _Solution:
+    """The grid's lambda with the least leave-one-out squared error: downhill from the middle.
+
+    The error is smooth and, but for odd cases, has one minimum, so walking from the middle (lambda = scale, near which
+    image features have theirs) until it rises finds it in about three steps instead of the whole grid.
+    """
+
+    def solve_at(exponent: int) -> _Solution | None:
+        return solve(exponent, scale * 10.0 ** (exponent / 2))
+
+    def walk(best: _Solution, step: int) -> _Solution:
+        while best.exponent + step in LAMBDA_EXPONENTS:
+            found = solve_at(best.exponent + step)
+            if found is None or not found.error < best.error:
+                break
+            best = found
+        return best
+
+    middle = solve_at(0)
+    assert middle is not None, "positive definite: every eigenvalue is at least the mean one"
+    up = walk(middle, 1)
+    return up if up is not middle else walk(middle, -1)
+
+
+def _cholesky(build: Callable[[torch.dtype], Tensor], condition: float) -> Tensor | None:
+    """Cholesky factor of ``build(dtype)``, in float32 where ``condition`` allows it; None if not positive definite."""
+    factor: Tensor
+    for dtype in (torch.float32, torch.float64):
+        if dtype == torch.float64 or condition <= FLOAT32_CONDITION:
+            factor, failed = torch.linalg.cholesky_ex(build(dtype))
+            if not int(failed):
+                return factor
+    return None
+
+
+def _loo_scores(labels: Tensor, num_classes: int, residuals: Tensor, slack: Tensor) -> tuple[Tensor, float]:
+    """Scores y - residual / (1 - h) and their squared error, for residuals ``[m, K]`` and slack = 1 - h ``[m]``."""
+    loo = residuals / slack.clamp_min(1e-6)[:, None]
+    error = loo.square().mean().item()
+    return F.one_hot(labels, num_classes).to(loo.dtype) - loo, error
+
+
+def _dual_solver(x: Tensor, labels: Tensor, counts: Tensor) -> tuple[Solver, float]:
+    """Ridge by the n x n kernel of the centred rows ``x [n, F]``; also the unit of lambda (mean squared norm)."""
+    n, num_classes = len(x), len(counts)
+    mean = x.mean(0, dtype=torch.float64)  # [F]
+    centred = x - mean.to(x.dtype)
+    kernel = x.new_empty(n, n)  # lower triangle
+    for i, j in _row_blocks(n):
+        torch.mm(centred[i:j], centred[:j].T, out=kernel[i:j, :j])
+    share = counts.double() / n  # [K]
+    targets = F.one_hot(labels, num_classes) - share  # [n, K]
+    scale = _lambda_scale(kernel.diagonal().mean(dtype=torch.float64).item(), mean)
+    # The centred kernel K has the eigenvector 1 with eigenvalue 0, and 1 - h_i = lam [(K + lam I)^-1]_ii - 1/n. Adding
+    # `lift` to that eigenvalue takes most of 1/n off before it is computed; what remains to subtract is lam / (lift n).
+    lift = kernel.diagonal().sum(dtype=torch.float64).item() + scale
+
+    def solve(exponent: int, lam: float) -> _Solution | None:
+        def penalised(dtype: torch.dtype) -> Tensor:
+            matrix = kernel.to(dtype) + lift / n
+            matrix.diagonal().add_(lam)
+            return matrix
+
+        factor = _cholesky(penalised, lift / lam)
+        if factor is None:
+            return None
+        inverse = torch.cholesky_inverse(factor)  # [n, n]
+        slack = lam * inverse.diagonal() - lam / (n * (lift + lam))
+        dual = inverse @ targets.to(inverse.dtype)  # [n, K]
+        scores, error = _loo_scores(labels, num_classes, lam * dual, slack)
+
+        def weights() -> tuple[Tensor, Tensor]:
+            weight = (dual.to(centred.dtype).T @ centred).double()  # [K, F]
+            return weight, share - weight @ mean
+
+        return _Solution(error, exponent, lam, weights, scores)
+
+    return solve, scale
+
+
+def _primal_solver(whole: RidgeAccumulator, x: Tensor, labels: Tensor) -> tuple[Solver, float]:
+    """Ridge by the F x F scatter; leave-one-out of the rows ``x [m, F]``, which are among the accumulated ones."""
+    num_classes = len(whole.counts)
+    mean, images = whole.mean, whole.images
+    trace = whole.scatter.diagonal().sum().item()
+    scale = _lambda_scale(trace / images, mean)
+    centred = x - mean.to(x.dtype)  # [m, F]
+
+    def solve(exponent: int, lam: float) -> _Solution | None:
+        factor = _cholesky(lambda dtype: whole.penalised(lam, dtype), trace / lam)
+        if factor is None:
+            return None
+        weight, bias = whole.weights(factor)
+        half = torch.linalg.solve_triangular(factor, centred.T.to(factor.dtype), upper=False)  # [F, m]
+        slack = 1.0 - 1.0 / images - half.square().sum(0).double()
+        residuals = F.one_hot(labels, num_classes) - F.linear(x.double(), weight, bias)
+        scores, error = _loo_scores(labels, num_classes, residuals, slack)
+        return _Solution(error, exponent, lam, lambda: (weight, bias), scores)
+
+    return solve, scale
+
+
+def _lambda_scale(mean_square: float, mean: Tensor) -> float:
+    """Mean squared norm of the centred features; 1 where they are constant but for rounding."""
+    return mean_square if mean_square > 1e-12 * mean.square().sum().item() else 1.0
+
+
+# ---- calibration ------------------------------------------------------------------------------------------------
+
+
+def fit_temperature(scores: Tensor, labels: Tensor) -> tuple[float, float]:
+    """The factor t > 0 for which softmax(t * scores) fits the labels best, and the NLL per image there.
+
+    The negative log-likelihood is convex in t: Newton's method within a bracket. The targets are smoothed by 1/(m + 2),
+    which changes nothing for many images and keeps t finite where the scores separate a few images perfectly.
+
+    Args:
+        scores: ``[m, K]``. labels: ``[m]``.
+    """
+    if len(labels) == 0:
+        return INITIAL_TEMPERATURE, math.log(scores.shape[1])
+    z = scores.double()
+    z = z - z.mean(1, keepdim=True)  # [m, K]
+    spread = z.square().mean().sqrt().item()
+    if spread < 1e-12:
+        return INITIAL_TEMPERATURE, math.log(scores.shape[1])
+    z = z / spread
+    own = z.gather(1, labels[:, None])[:, 0]  # [m]
+    target = own.mean().item() * (1.0 - 1.0 / (len(labels) + 2))  # the mean score, 0, has the smoothing weight
+    low, high, t = 1e-3, 1e3, 2.0
+    for _ in range(50):
+        p = torch.softmax(t * z, dim=1)
+        first = (p * z).sum(1)  # [m]
+        slope = first.mean().item() - target
+        curvature = ((p * z.square()).sum(1) - first.square()).mean().item()
+        low, high = (low, t) if slope > 0 else (t, high)
+        step = t - slope / curvature if curvature > 0 else math.inf
+        if not low < step < high:
+            step = math.sqrt(low * high)
+        converged = abs(step - t) < 1e-5 * t
+        t = step
+        if converged:
+            break
+    nll = (torch.logsumexp(t * z, dim=1) - t * own).mean().item()
+    return t / spread, nll
