@@ -33,23 +33,33 @@ class WeightGenerators(nn.Module):
         self.mix_bias = nn.Parameter(torch.zeros(num_layers, 2 * hidden))
         self.row_weight = nn.Parameter(torch.randn(layout.rows, 2 * hidden))
         self.row_bias = nn.Parameter(torch.zeros(layout.rows))
-        self._scale_to_fan_in()
+        self.scale_to_fan_in(torch.randn(64, num_layers, width))
 
     @torch.no_grad()
-    def _scale_to_fan_in(self) -> None:
-        """Scale each layer's rows so that, for standard-normal codes, its kernel has variance 2 / fan_in.
+    def scale_to_fan_in(self, codes: Tensor) -> None:
+        """Scale each layer's rows so that, over ``codes [n, L, D]``, its kernel has the mean square 2 / fan_in.
 
-        The feature power is measured, not derived: GELU has no simple second moment.
+        The features' second moment M is measured, not derived, as GELU has no simple one. A row ``r`` makes weights of
+        mean square r' M r, so no kernel has to be generated.
         """
-        codes = torch.randn(64, len(self.layout.entries), self.fc_weight.shape[1])
-        weights = self.layout.views(
-            reference.generate_weights(codes, *(p.detach() for p in self.parameters()), self.layout.shapes)
+        inner = self.row_weight.shape[1]
+        entries = self.layout.entries
+        features = reference.generate_weights(
+            codes,
+            self.fc_weight,
+            self.fc_bias,
+            self.mix_weight,
+            self.mix_bias,
+            torch.eye(inner).repeat(len(entries), 1),  # rows that pass the features on
+            torch.zeros(inner * len(entries)),
+            [size for entry in entries for size in (inner, 1, *entry.shape[2:])],
         )
-        start = 0
-        for entry in self.layout.entries:
-            power = weights[entry.name].square().mean().sqrt()
-            self.row_weight[start : start + entry.rows] *= (2 / entry.fan_in) ** 0.5 / power
-            start += entry.rows
+        parts = features.split([inner * entry.spatial for entry in entries], dim=1)
+        for rows, part, entry in zip(self.row_weight.split([e.rows for e in entries]), parts, entries, strict=True):
+            feature = part.view(len(codes), inner, entry.spatial)
+            moment = torch.einsum("nck,ndk->cd", feature, feature) / (len(codes) * entry.spatial)  # [2h, 2h]
+            power = ((rows @ moment) * rows).sum(dim=1).mean()
+            rows *= (2 / (entry.fan_in * power)).sqrt()
 
     def forward(self, codes: Tensor) -> Tensor:
         """``[B, L, D] -> flat weights [B, P]``, laid out as ``layout`` says."""
