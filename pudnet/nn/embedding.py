@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pudnet.errors import InputError, message
+
 CHANNELS = (16, 32, 32)
+NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
 
 
 class DatasetEmbedding(nn.Module):
@@ -24,16 +28,16 @@ class DatasetEmbedding(nn.Module):
 
     def __init__(self, image_size: int, layers: int, width: int, norm: str) -> None:
         super().__init__()
+        if norm not in NORMS:
+            raise InputError(message("DatasetEmbedding", "norm", f"one of {sorted(NORMS)}", repr(norm)))
         self.layers, self.width = layers, width
         sizes = (3, *CHANNELS)
-        self.convs = nn.ModuleList(
-            nn.Conv2d(i, o, 5, stride=2, padding=2) for i, o in pairwise(sizes)
-        )
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, 5, stride=2, padding=2) for i, o in pairwise(sizes))
         side = image_size
         for _ in CHANNELS:
             side = (side + 1) // 2
         self.linear = nn.Linear(CHANNELS[-1] * side * side, layers * width)
-        self.norm = nn.BatchNorm1d(layers * width) if norm == "batch" else nn.LayerNorm(layers * width)
+        self.norm = NORMS[norm](layers * width)
 
     def image_features(self, images: Tensor) -> Tensor:
         """Features of single images: ``[n, 3, H, W] -> [n, G * D]``."""
