@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -115,9 +116,22 @@ class PudNet(nn.Module):
                 len(self.layout.entries), config.layers, config.width, config.recurrence, config.alpha
             )
             self.generators = WeightGenerators(self.layout, config.width, config.generator_width)
+            self._scale_generators()
         self.target = bind.strip(module, self.layout)
         self.temperature = nn.Parameter(torch.tensor(10.0))  # of the cosine classifier
         self.card: dict[str, Any] = {}  # how the checkpoint was made, where it came from one
+
+    @torch.no_grad()
+    def _scale_generators(self) -> None:
+        """Set the initial variance of the weights for codes as noise makes them.
+
+        Before training a layer's codes are nearly the same for every dataset, one draw each: scaled for standard-normal
+        codes, some layers would start at a twentieth of the variance they should have.
+        """
+        sketches, side = [4] * 32, self.config.sketch_size
+        noise = torch.randn(sum(sketches), 3, side, side)
+        embedding = copy.deepcopy(self.embedding)(noise, sketches)  # a copy: BatchNorm would remember the noise
+        self.generators.scale_to_fan_in(self.recurrence(embedding))
 
     def forward(self, images: Tensor, counts: Sequence[int]) -> Tensor:
         """Images of B sketches to flat weights: ``[sum(counts), 3, H, W]``, normalised -> ``[B, P]``."""
