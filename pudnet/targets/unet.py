@@ -26,7 +26,8 @@ class UNet(nn.Module):
         super().__init__()
         self.depth = depth
         widths = [width * 2**level for level in range(depth + 1)]
-        down, up = [(3, width)], []
+        down: list[tuple[int, int]] = [(3, width)]
+        up: list[tuple[int, int]] = []
         for narrow, wide in pairwise(widths):
             down += [(narrow, narrow), (narrow, wide)]
             # The second one reads the concatenation of skip and up-sampled, narrow channels each.
