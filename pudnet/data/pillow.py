@@ -29,8 +29,8 @@ def rgb_array(image: Image) -> Array:
 
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # "I" is 32-bit, in practice a 16-bit file
-        upper: Array = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-        return upper[..., None]
+        grey: Array = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)[..., None]
+        return grey
     if image.mode == "F":
         values = np.asarray(image)
         if not np.isfinite(values).all():

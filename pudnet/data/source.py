@@ -161,22 +161,22 @@ class StreamSource(ImageSource):
     ) -> None:
         self._store = _Store(cache_bytes)
         found: list[Any] = []
-        waiting: list[Tensor] = []
-        waiting_images = 0
+        size = preprocess.size
+        batch, filled = torch.empty(batch_size, size, size, 3, dtype=torch.uint8), 0
         for number, item in enumerate(items):
             images, labels = _item_batch(item, f"{WHERE}: item {number}", preprocess)
-            waiting.append(images)
             found.extend(labels)
-            waiting_images += len(images)
-            if waiting_images > batch_size:
-                *full, rest = torch.split(torch.cat(waiting), batch_size)
-                for part in full:
-                    self._store.append(part.clone())  # a view would keep the rest in memory, too
-                waiting, waiting_images = [rest], len(rest)
+            while len(images):
+                count = min(len(images), batch_size - filled)
+                batch[filled : filled + count] = images[:count]  # a copy: the iterable may reuse its buffers
+                images, filled = images[count:], filled + count
+                if filled == batch_size:
+                    self._store.append(batch)
+                    batch, filled = torch.empty_like(batch), 0
         if not found:
             raise InputError(message(WHERE, "source", "at least one (image, label)", "an empty iterable"))
-        if waiting:
-            self._store.append(torch.cat(waiting))
+        if filled:
+            self._store.append(batch[:filled].clone())
         values = label_array(found)
         if class_names is not None and values.dtype.kind != "U" and values.max() < len(class_names):
             used, values = np.unique(values, return_inverse=True)  # a Subset may hold a part of the named classes
@@ -323,9 +323,10 @@ def _open_npz(
         raise InputError(message(WHERE, "source", "an existing folder or .npz file", repr(str(path))))
     rule = "a folder, or an .npz file with x_train and y_train"
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("a single array")
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise ValueError("a single array")
+        with loaded as file:
             keys = list(file.files)
             arrays: dict[str, Array] = {key: file[key] for key in keys if key in ("y_train", "y_test", "class_names")}
             images = _npz_images(file, keys, split, path)
@@ -339,11 +340,11 @@ def _open_npz(
     values = {key: label_array(array, key) for key, array in arrays.items()}
     names = [str(name) for name in values["class_names"]] if "class_names" in values else None
     known = values.get("y_train")
+    own = known if split == "test" else None
+    source = ArraySource(images, values[f"y_{split}"], names, classes, own, preprocess, batch_size)
     if known is not None and "y_test" in values:
         index_labels(values["y_test"], names, None, known)  # the parts must agree, whichever is read
-    if split == "train":
-        known = None
-    return ArraySource(images, values[f"y_{split}"], names, classes, known, preprocess, batch_size)
+    return source
 
 
 def _npz_images(file: Any, keys: Sequence[str], split: str, path: Path) -> Array:
