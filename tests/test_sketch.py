@@ -159,7 +159,7 @@ def test_images_are_in_random_order() -> None:
     for merge in (False, True):
         by_label, by_index = [], []
         for seed in range(40):
-            parts = [sketch_of(UNEVEN_LABELS, 100, seed=seed, stream=stream) for stream in range(1 + merge)]
+            parts = [sketch_of(UNEVEN_LABELS, 100, 4000, seed=seed, stream=stream) for stream in range(1 + merge)]
             result = Sketch.merge(*parts)
             by_label.append(torch.corrcoef(torch.stack([positions, result.labels.double()]))[0, 1])
             by_index.append(torch.corrcoef(torch.stack([positions, result.indices.double()]))[0, 1])

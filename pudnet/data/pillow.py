@@ -35,8 +35,9 @@ def rgb_array(image: Image) -> Array:
         values = np.asarray(image)
         if not np.isfinite(values).all():
             raise ValueError("float pixels that are NaN or infinite")
-        scaled = values * 255 if values.max() <= 1 else values
-        return scaled.round().clip(0, 255).astype(np.uint8)[..., None]
+        scaled: Array = values * 255 if values.max() <= 1 else values
+        grey = scaled.round().clip(0, 255).astype(np.uint8)[..., None]
+        return grey
     if image.mode in ("1", "L") and "transparency" not in image.info:
         return np.array(image.convert("L"))[..., None]
     transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
