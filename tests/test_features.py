@@ -132,17 +132,17 @@ def test_bad_input() -> None:
         pool_features([torch.rand(2, 3, 4)])
 
 
-@pytest.mark.parametrize("size", [8, 9])
-def test_exports_with_a_dynamic_batch(size: int) -> None:
+def test_exports_with_a_dynamic_batch() -> None:
     class Pooled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.body = Own()
 
         def forward(self, x: Tensor) -> Tensor:
-            return pool_features(feature_maps(self.body, x))
+            maps = feature_maps(self.body, x)  # 9 x 9 and 4 x 4
+            return pool_features([*maps, x[:, :, :8, :8]])
 
     module = Pooled().eval()
     batch = torch.export.Dim("batch", min=1, max=64)
-    exported = torch.export.export(module, (images(5, size),), dynamic_shapes=({0: batch},)).module()
-    torch.testing.assert_close(exported(images(3, size)), module(images(3, size)))
+    exported = torch.export.export(module, (images(5),), dynamic_shapes=({0: batch},)).module()
+    torch.testing.assert_close(exported(images(3)), module(images(3)))
