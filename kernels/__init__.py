@@ -1,1 +1,1 @@
-"""Triton kernels. Installed as ``pudnet.kernels``; they take pointers and integers and know nothing of pudnet's classes."""
+"""Triton kernels. Installed as ``pudnet.kernels``; they know torch and Triton and nothing of pudnet's classes."""

@@ -1,0 +1,48 @@
+"""Pieces that several kernels share: products, activations, and what a launcher asks of its tensors."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Read once, as @triton.jit itself does: the interpreter holds bfloat16 as integers and its tl.dot multiplies those.
+INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a @ b`` for blocks of one dtype, summed in float32. PRECISION counts for float32: "tf32x3" or "tf32"."""
+    if INTERPRET:
+        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def gelu(x):
+    """Exact GELU."""
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def gelu_slope(x):
+    """Derivative of the exact GELU."""
+    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+
+
+@triton.jit
+def tanh(x):
+    """tanh without libdevice, which the interpreter lacks; exact to float32 rounding, no overflow."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    t = (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0, -t, t)
+
+
+def ready(x: Tensor) -> Tensor:
+    """``x`` contiguous and on a 16-byte boundary, as every kernel is compiled to expect; a copy only where it is not."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,275 @@
+"""Codes -> all generated weights of a network, for all datasets, in two launches; and the gradient in four.
+
+Forward. ``generate_features_fwd_kernel``: one program per kernel position of each layer turns the codes into features
+``[B, N, C]`` (N positions of all layers together, C = 2h). ``generate_rows_fwd_kernel``, the bulk of the work: one
+program per tile of BM generator rows reads its rows once, keeps them in registers, and loops over all (dataset, position)
+pairs in blocks of 16. A row is one (output channel, input channel) pair, so that neighbouring rows are neighbours in the
+channels-last output ``[O, kH, kW, I]`` and stores are 16 bytes wide. That needs I, the layer's offset and P to be
+multiples of the store width; they are kept in the table divided by it, so that the compiler can see it. Layers where it
+does not hold take the other branch of the same launch.
+
+Backward. Everything that is summed over rows or datasets has one place that sums it, in a fixed order:
+``generate_rows_bwd_kernel`` owns a tile of rows and writes each tile's share of the feature gradient,
+``generate_shares_bwd_kernel`` adds the shares, ``generate_features_bwd_kernel`` owns one position and
+``generate_codes_bwd_kernel`` one (layer, dataset).
+
+Sums are float32 whatever the dtypes. A float32 product is 3xTF32, exact to float32 rounding. Where the rows are bfloat16
+the float32 features are split into two bfloat16 parts, so that the only rounding is that of the stored parameters.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pudnet.kernels.blocks import dot, gelu, gelu_slope, ready
+
+ROWS_PER_TILE = 128
+PAIRS_PER_BLOCK = 16
+TILE_COLUMNS = 8
+POSITION_COLUMNS = 6
+
+
+@triton.jit(do_not_specialize=["batch", "layers", "positions"])
+def generate_features_fwd_kernel(
+    p_codes,  # [B, L, D]
+    p_fc_weight,  # [sum of h * kH * kW, D]
+    p_fc_bias,
+    p_mix_weight,  # [L, 2h, h]
+    p_mix_bias,  # [L, 2h]
+    p_table,  # [N, POSITION_COLUMNS]
+    p_features,  # out [B, N, 2h] float32
+    batch,
+    layers,
+    positions,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    BD: tl.constexpr,
+    BH: tl.constexpr,
+    BC: tl.constexpr,
+):
+    i_position = tl.program_id(0)
+    layer = tl.load(p_table + i_position * 6)
+    spatial = tl.load(p_table + i_position * 6 + 1)
+    fc_row = tl.load(p_table + i_position * 6 + 2)
+    o_d, o_h, o_c = tl.arange(0, BD), tl.arange(0, BH), tl.arange(0, BC)
+    in_h, in_c = o_h < H, o_c < 2 * H
+    o_fc = fc_row + o_h * spatial  # [BH]
+    o_mix = (layer * 2 * H + o_c[:, None]) * H + o_h[None, :]  # [BC, BH]
+    in_fc = in_h[:, None] & (o_d < D)[None, :]
+    fc = tl.load(p_fc_weight + o_fc.to(tl.int64)[:, None] * D + o_d[None, :], mask=in_fc, other=0).to(tl.float32)
+    fc_bias = tl.load(p_fc_bias + o_fc, mask=in_h, other=0).to(tl.float32)
+    mix = tl.load(p_mix_weight + o_mix, mask=in_c[:, None] & in_h[None, :], other=0).to(tl.float32)
+    mix_bias = tl.load(p_mix_bias + layer * 2 * H + o_c, mask=in_c, other=0).to(tl.float32)
+    for b in range(tl.program_id(1), batch, tl.num_programs(1)):
+        code = tl.load(p_codes + (b * layers + layer) * D + o_d, mask=o_d < D, other=0).to(tl.float32)
+        inner = gelu(tl.sum(fc * code[None, :], axis=1) + fc_bias)  # [BH]
+        feature = gelu(tl.sum(mix * inner[None, :], axis=1) + mix_bias)  # [BC]
+        tl.store(p_features + (b * positions + i_position) * (2 * H) + o_c, feature, mask=in_c)
+
+
+@triton.jit
+def _tile(p_table, i_tile, BM: tl.constexpr, VECTOR: tl.constexpr):
+    """(rows [BM] in the layer, which of them exist, their offsets in the output, I) of a tile.
+
+    The table holds sizes divided by VECTOR; the multiplication tells the compiler what is a multiple of it.
+    """
+    row = tl.load(p_table + i_tile * 8) * BM + tl.arange(0, BM)  # [BM]
+    rows = tl.load(p_table + i_tile * 8 + 1) * VECTOR
+    inputs = tl.load(p_table + i_tile * 8 + 2) * VECTOR
+    offset = tl.load(p_table + i_tile * 8 + 3) * VECTOR
+    spatial = tl.load(p_table + i_tile * 8 + 4)
+    return row, row < rows, offset + row + row // inputs * ((spatial - 1) * inputs), inputs
+
+
+@triton.jit
+def _pairs(p_table, p_features, i_tile, start, batch, positions, C: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr):
+    """(features [BP, BC], dataset [BP], position in the kernel [BP], which exist [BP]) of a block of pairs."""
+    spatial = tl.load(p_table + i_tile * 8 + 4)
+    first = tl.load(p_table + i_tile * 8 + 5)
+    o_pair, o_c = start + tl.arange(0, BP), tl.arange(0, BC)
+    b = o_pair // spatial
+    k = o_pair - b * spatial
+    exists = o_pair < batch * spatial
+    o_feature = (b * positions + first + k)[:, None] * C + o_c[None, :]
+    feature = tl.load(p_features + o_feature, mask=exists[:, None] & (o_c < C)[None, :], other=0)
+    return feature, b, k, exists
+
+
+@triton.jit
+def _rows_fwd(
+    p_features, p_row_weight, p_row_bias, p_table, p_out, i_tile, batch, positions, out_stride,
+    C: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, VECTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    row, in_rows, o_out, inputs = _tile(p_table, i_tile, BM, VECTOR)
+    spatial = tl.load(p_table + i_tile * 8 + 4)
+    o_row = tl.load(p_table + i_tile * 8 + 6) + row
+    o_c = tl.arange(0, BC)
+    o_weight = o_row.to(tl.int64)[:, None] * C + o_c[None, :]
+    weight = tl.load(p_row_weight + o_weight, mask=in_rows[:, None] & (o_c < C)[None, :], other=0)  # [BM, BC]
+    bias = tl.load(p_row_bias + o_row, mask=in_rows, other=0).to(tl.float32)
+    weight = tl.trans(weight)
+    for start in range(0, batch * spatial, BP):
+        feature, b, k, exists = _pairs(p_table, p_features, i_tile, start, batch, positions, C, BC, BP)
+        out = tl.zeros([BP, BM], tl.float32) + bias[None, :]
+        if weight.dtype == tl.bfloat16:
+            high = feature.to(tl.bfloat16)
+            low = (feature - high.to(tl.float32)).to(tl.bfloat16)
+            out = dot(high, weight, out, PRECISION)
+            out = dot(low, weight, out, PRECISION)
+        else:
+            out = dot(feature, weight, out, PRECISION)
+        o_start = b.to(tl.int64) * (out_stride * VECTOR) + k * inputs  # [BP]
+        mask = exists[:, None] & in_rows[None, :]
+        tl.store(p_out + o_start[:, None] + o_out[None, :], out.to(p_out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["batch", "positions", "out_stride", "wide_stride"])
+def generate_rows_fwd_kernel(
+    p_features,  # [B, N, C] float32
+    p_row_weight,  # [R, C]
+    p_row_bias,  # [R]
+    p_table,  # [tiles, TILE_COLUMNS]
+    p_out,  # out [B, P]
+    batch,
+    positions,
+    out_stride,  # P
+    wide_stride,  # P // VECTOR
+    C: tl.constexpr,
+    BC: tl.constexpr,
+    BM: tl.constexpr,
+    BP: tl.constexpr,
+    VECTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    i_tile = tl.program_id(0)
+    if tl.load(p_table + i_tile * 8 + 7) != 0:
+        _rows_fwd(
+            p_features, p_row_weight, p_row_bias, p_table, p_out, i_tile, batch, positions, wide_stride,
+            C, BC, BM, BP, VECTOR, PRECISION,
+        )  # fmt: skip
+    else:
+        _rows_fwd(
+            p_features, p_row_weight, p_row_bias, p_table, p_out, i_tile, batch, positions, out_stride,
+            C, BC, BM, BP, 1, PRECISION,
+        )  # fmt: skip
+
+
+class Tables(NamedTuple):
+    """What the kernels need to know about a network; depends on nothing else."""
+
+    tiles: Tensor  # [tiles, 8] int32: tile in its layer, rows, I, output offset (all but the first / vector where wide),
+    # kH * kW, first position of the layer, first row of the layer, wide or not
+    positions: Tensor  # [N, 6] int32: layer, kH * kW, first fc row, position in the kernel, tiles of the layer, first tile
+    layers: Tensor  # [L, 3] int32: kH * kW, first position, first fc row
+    shares: int  # sum over tiles of kH * kW
+    size: int  # P
+
+
+@functools.lru_cache(maxsize=64)
+def tables(shapes: tuple[int, ...], hidden: int, vector: int, device: torch.device) -> Tables:
+    """Build the tables for layers of sizes ``shapes`` (O, I, kH, kW of each), stores of ``vector`` elements."""
+    tile_rows: list[Tensor] = []
+    position_rows: list[Tensor] = []
+    layer_rows: list[list[int]] = []
+    sizes = [shapes[i] * shapes[i + 1] * shapes[i + 2] * shapes[i + 3] for i in range(0, len(shapes), 4)]
+    total = sum(sizes)
+    row = offset = position = shares = 0
+    for layer, size in enumerate(sizes):
+        o, i, kh, kw = shapes[4 * layer : 4 * layer + 4]
+        spatial, rows = kh * kw, o * i
+        count = triton.cdiv(rows, ROWS_PER_TILE)
+        wide = all(number % vector == 0 for number in (i, offset, total))
+        unit = vector if wide else 1
+        columns = [rows // unit, i // unit, offset // unit, spatial, position, row, int(wide)]
+        tile = torch.arange(count, dtype=torch.int32)
+        tile_rows.append(torch.cat([tile[:, None], torch.tensor(columns, dtype=torch.int32).expand(count, -1)], dim=1))
+        k = torch.arange(spatial, dtype=torch.int32)
+        fixed = torch.tensor([layer, spatial, count, shares], dtype=torch.int32).expand(spatial, -1)
+        fc_rows = hidden * position + k
+        position_rows.append(torch.cat([fixed[:, :2], fc_rows[:, None], k[:, None], fixed[:, 2:]], dim=1))
+        layer_rows.append([spatial, position, hidden * position])
+        row, offset, position, shares = row + rows, offset + size, position + spatial, shares + count * spatial
+    return Tables(
+        torch.cat(tile_rows).contiguous().to(device),
+        torch.cat(position_rows).to(torch.int32).contiguous().to(device),
+        torch.tensor(layer_rows, dtype=torch.int32).to(device),
+        shares,
+        total,
+    )
+
+
+def why_not(width: int, hidden: int, dtypes: tuple[torch.dtype, ...]) -> list[str]:
+    """Reasons not to run generators of D = ``width`` and h = ``hidden`` with tensors of these dtypes."""
+    reasons = []
+    if width > 1024:
+        reasons.append(f"the Triton kernel takes codes of at most 1024 numbers; these have {width}")
+    if hidden > 32:
+        reasons.append(f"the Triton kernel takes generators at most 32 wide; this one is {hidden} wide")
+    other = sorted({str(dtype) for dtype in dtypes} - {"torch.float32", "torch.bfloat16"})
+    if other:
+        reasons.append(f"the Triton kernel takes float32 and bfloat16; got {', '.join(other)}")
+    return reasons
+
+
+def sizes(width: int, hidden: int) -> tuple[dict[str, int], dict[str, int]]:
+    """The block sizes of the feature kernels and of the row kernels."""
+    channels = triton.next_power_of_2(2 * hidden)
+    features = {"D": width, "H": hidden, "BD": triton.next_power_of_2(width), "BH": triton.next_power_of_2(hidden)}
+    features["BC"] = channels
+    rows = {"C": 2 * hidden, "BC": max(channels, 16), "BM": ROWS_PER_TILE, "BP": PAIRS_PER_BLOCK}  # tl.dot wants K >= 16
+    return features, rows
+
+
+def launch_features_fwd(
+    codes: Tensor, fc_weight: Tensor, fc_bias: Tensor, mix_weight: Tensor, mix_bias: Tensor, table: Tables
+) -> Tensor:
+    """Features ``[B, N, 2h]`` float32 of ``codes [B, L, D]``."""
+    batch, layers, width = codes.shape
+    hidden = mix_weight.shape[2]
+    positions = len(table.positions)
+    features = torch.empty(batch, positions, 2 * hidden, dtype=torch.float32, device=codes.device)
+    grid = (positions, min(batch, 8))
+    generate_features_fwd_kernel[grid](
+        ready(codes), ready(fc_weight), ready(fc_bias), ready(mix_weight), ready(mix_bias), table.positions, features,
+        batch, layers, positions, **sizes(width, hidden)[0], num_warps=1,
+    )  # fmt: skip
+    return features
+
+
+def launch_generate_weights_fwd(
+    codes: Tensor,  # [B, L, D]
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    mix_weight: Tensor,
+    mix_bias: Tensor,
+    row_weight: Tensor,  # [R, 2h]
+    row_bias: Tensor,  # [R]
+    shapes: tuple[int, ...],
+    out_dtype: torch.dtype,
+    tf32: bool = False,
+) -> Tensor:
+    """All generated weights ``[B, P]``, each layer in the order ``[O, kH, kW, I]``.
+
+    Args:
+        shapes: O, I, kH, kW of each layer; the other arguments are those of the op of this name.
+        out_dtype: float32 or bfloat16.
+        tf32: round the factors of float32 products to TF32.
+    """
+    batch, width, hidden = codes.shape[0], codes.shape[2], mix_weight.shape[2]
+    vector = 16 // out_dtype.itemsize
+    table = tables(shapes, hidden, vector, codes.device)
+    features = launch_features_fwd(codes, fc_weight, fc_bias, mix_weight, mix_bias, table)
+    out = torch.empty(batch, table.size, dtype=out_dtype, device=codes.device)
+    generate_rows_fwd_kernel[(len(table.tiles),)](
+        features, ready(row_weight), ready(row_bias), table.tiles, out, batch, features.shape[1], table.size,
+        table.size // vector, **sizes(width, hidden)[1], VECTOR=vector, PRECISION="tf32" if tf32 else "tf32x3",
+        num_warps=4,
+    )  # fmt: skip
+    return out
