@@ -1,0 +1,34 @@
+# Everything runs in a virtual environment of its own; the first target that is made sets it up.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= 2.13.0
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready-torch-$(TORCH)
+DATA ?= ../shared/data
+
+.PHONY: demo test lint results wheel
+.DELETE_ON_ERROR:
+
+demo: $(READY)
+	$(BIN)/python -m pudnet demo
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+results: $(READY)
+	$(BIN)/python -m pudnet.evaluation --data $(DATA)
+
+wheel: $(READY)
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+
+# torch comes first and is then held fast: nothing that is installed later may replace it by another build.
+$(READY): pyproject.toml setup.py $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VENV)
+	echo "torch==$(TORCH)" > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet torch==$(TORCH)
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[all,test]'
+	touch $@

@@ -1,0 +1,345 @@
+"""The command line: thin commands over the library. Bad input is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+
+from pudnet._version import __version__
+from pudnet.errors import InputError, PudnetError, message
+
+try:
+    import typer
+except ImportError:
+    # This module is the command line and nothing else, so it may end the program.
+    sys.exit("pudnet: the command line needs a few packages more. Type: pip install 'pudnet[cli]'")
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+F = TypeVar("F", bound=Callable[..., None])
+
+MOST_CLASS_ROWS = 30
+
+app = typer.Typer(
+    name="pudnet",
+    help="A ConvNet for your images, its weights predicted in one forward pass instead of trained.",
+    epilog="Example:\n\n    pudnet predict flowers/ -o model.safetensors",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Data = Annotated[Path, typer.Argument(help="Folder with one sub-folder per class, or .npz file.", show_default=False)]
+Model = Annotated[Path, typer.Argument(help="Model written by `pudnet predict`.", show_default=False)]
+Checkpoint = Annotated[str, typer.Option(help="The hypernetwork: path, bundled name or Hub id.")]
+HeadName = Annotated[str, typer.Option("--head", help="Classifier: ridge, ridge-last or cosine.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; the tables go to stderr.")]
+
+
+def main() -> None:
+    """Run the command line; the console entry point."""
+    try:
+        app(prog_name="pudnet")
+    except KeyboardInterrupt:  # before a command has begun
+        sys.exit(130)
+
+
+def _command(example: str) -> Callable[[F], F]:
+    """Register a command whose errors become exit codes: 2 bad input, 1 other errors of ours, 130 interrupted."""
+
+    def register(function: F) -> F:
+        @functools.wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> None:
+            try:
+                function(*args, **kwargs)
+            except KeyboardInterrupt:
+                _fail("interrupted", 130)
+            except InputError as error:
+                _fail(str(error), 2)
+            except PudnetError as error:
+                _fail(str(error), 1)
+
+        app.command(epilog=f"Example:\n\n    {example}")(guarded)
+        return function
+
+    return register
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    typer.echo(f"pudnet: {' '.join(text.split())}", err=True)
+    raise typer.Exit(code)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(f"pudnet {__version__}")
+        raise typer.Exit
+
+
+@_command("pudnet demo")
+def demo(
+    checkpoint: Checkpoint = "convnet3",
+    head: HeadName = "ridge",
+    folder: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo"),
+    max_seconds: Annotated[float, typer.Option(min=0, help="Longest training from scratch.")] = 60.0,
+    device: Device = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Predict a digit classifier and train one from scratch; compare accuracy and time."""
+    import pudnet.demo
+
+    console = _console(as_json)
+    with console.status("Predicting, then training from scratch for comparison ..."):
+        result = pudnet.demo.run(
+            checkpoint, head=head, seed=seed, device=_device(device), folder=folder, max_seconds=max_seconds
+        )
+    predicted, scratch = result["predicted"], result["scratch"]
+    console.print(f"Digits: {result['train']} images to learn from, {result['test']} others to test on")
+    table = _table("", "accuracy", "seconds", "ratio")
+    rows = (("predicted weights", predicted), ("random weights", result["random"]), ("trained from scratch", scratch))
+    for name, row in rows:
+        ratio = row["seconds"] / predicted["seconds"]
+        table.add_row(name, f"{100 * row['top1']:.2f} %", f"{row['seconds']:.2f}", f"{ratio:.1f} x")
+    console.print(table)
+    if not scratch["reached"]:
+        console.print(
+            f"Training from scratch was not as accurate after {scratch['seconds']:.0f} s "
+            f"({scratch['epochs']:.0f} epochs), where it was stopped."
+        )
+    console.print(f"Picture: {result['picture']}", soft_wrap=True)
+    _emit(result, as_json)
+
+
+@_command("pudnet predict flowers/ -o model.safetensors")
+def predict(
+    data: Data,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the model goes.")] = Path("model.safetensors"),
+    checkpoint: Checkpoint = "convnet3",
+    head: HeadName = "ridge",
+    batchnorm: Annotated[str, typer.Option(help="BatchNorm statistics: calibrated, batch or shared.")] = "calibrated",
+    sketch_size: Annotated[int, typer.Option(min=1, help="Images the weights are predicted from.")] = 500,
+    split: Annotated[str, typer.Option(help="Part of the data: train or test.")] = "train",
+    device: Device = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Predict a classifier for DATA and save it."""
+    from pudnet.files import atomic_path
+    from pudnet.predictor import STAGES, Predictor
+
+    console = _console(as_json)
+    # The output is claimed first, so that a path that cannot be written costs no work.
+    with atomic_path(output, "pudnet predict") as claimed, console.status("Predicting ..."):
+        predictor = Predictor.from_pretrained(checkpoint, device=_device(device))
+        model = predictor.predict(data, head=head, batchnorm=batchnorm, sketch_size=sketch_size, split=split, seed=seed)
+        model.save(claimed)
+    report = model.report
+    seconds = report["seconds"]
+    console.print(f"{report['n']} images of {len(model.classes)} classes")
+    table = _table("stage", "seconds", "share")
+    for name in (*STAGES, "total"):
+        table.add_row(name, f"{seconds[name]:.3f}", f"{100 * seconds[name] / seconds['total']:.0f} %")
+    console.print(table)
+    console.print(f"Expected accuracy on new images: {100 * report['expected_accuracy']:.1f} % (leave-one-out)")
+    _notes(console, report)
+    console.print(f"Model: {output}", soft_wrap=True, markup=False)
+    _emit({"model": str(output), **report}, as_json)
+
+
+@_command("pudnet evaluate model.safetensors flowers/")
+def evaluate(
+    model: Model,
+    data: Data,
+    split: Annotated[str, typer.Option(help="Part of the data, where it has several: train or test.")] = "test",
+    device: Device = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure the accuracy of MODEL on the labelled images of DATA."""
+    from pudnet.predictor import load
+
+    console = _console(as_json)
+    result = load(model).to(_device(device)).evaluate(data, split=split, seed=seed)
+    console.print(f"top-1 {100 * result['top1']:.2f} % of {result['n']} images")
+    if "top5" in result:
+        console.print(f"top-5 {100 * result['top5']:.2f} %")
+    per_class = result["per_class"]
+    if len(per_class) <= MOST_CLASS_ROWS:
+        table = _table("class", "images", "top-1")
+        for name, row in per_class.items():
+            table.add_row(_plain(name), str(row["n"]), f"{100 * row['top1']:.1f} %")
+        console.print(table)
+    _notes(console, result)
+    _emit(result, as_json)
+
+
+@_command("pudnet classify model.safetensors rose.jpg tulip.png")
+def classify(
+    model: Model,
+    images: Annotated[list[Path], typer.Argument(help="Image files.", metavar="IMAGE...", show_default=False)],
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Accepted by every command; nothing is random here.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Say what MODEL sees on each IMAGE, and how probable it is."""
+    from pudnet.data.pillow import read_image
+    from pudnet.predictor import load
+
+    console = _console(as_json)
+    loaded = load(model).to(_device(device))
+    answers = loaded.classify([read_image(path) for path in images])
+    table = _table("image", "class", "probability")
+    results = []
+    for path, label, row in zip(images, answers.labels, answers.probabilities.tolist(), strict=True):
+        table.add_row(_plain(path), _plain(label), f"{100 * max(row):.1f} %")
+        probabilities = dict(zip(loaded.classes, row, strict=True))
+        results.append({"image": str(path), "label": label, "probability": max(row), "probabilities": probabilities})
+    console.print(table)
+    _emit({"results": results}, as_json)
+
+
+@_command("pudnet train pudnet/pretrained/convnet3.toml")
+def train(
+    config: Annotated[Path, typer.Argument(help="TOML file of the run.", show_default=False)],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in the output folder stopped.")] = False,
+    device: Device = "auto",
+    seed: Annotated[int | None, typer.Option(min=0, help="Instead of the seed in CONFIG.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a hypernetwork as CONFIG says. Ctrl-C keeps a checkpoint to --resume from."""
+    import dataclasses
+    import os
+    import time
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from pudnet import training
+
+    chief = os.environ.get("RANK", "0") == "0"  # torchrun starts one process per device; one of them reports
+    settings = training.TrainingConfig.from_toml(config)
+    if seed is not None:
+        settings = dataclasses.replace(settings, seed=seed)
+    latest: dict[str, float] = {}
+    last_step = 0
+    start = time.monotonic()
+    losses = TextColumn("{task.description}")
+    columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), losses)
+    try:
+        with Progress(*columns, console=_console(True), disable=not chief) as progress:
+            task = progress.add_task("", total=settings.optimiser.steps)
+
+            def show(step: int, values: Mapping[str, float]) -> None:
+                nonlocal last_step
+                last_step = step
+                latest.update(values)
+                names = ("loss", "cosine", "auxiliary", "agreement", "accuracy", "unseen_accuracy")
+                text = "  ".join(f"{name.replace('_', ' ')} {latest[name]:.3f}" for name in names if name in latest)
+                progress.update(task, completed=step, description=text)
+
+            path = training.train(
+                settings, resume=resume, device=str(_device(device)), on_step=show, on_validation=show
+            )
+    except KeyboardInterrupt:
+        saved = Path(settings.run.output) / "checkpoint.safetensors"
+        kept = f"; go on with: pudnet train {config} --resume" if saved.exists() else ""
+        _fail(f"interrupted after step {last_step}{kept}", 130)
+    seconds = time.monotonic() - start
+    if chief:
+        _console(as_json).print(f"Hypernetwork: {path}", soft_wrap=True, markup=False)
+        _emit({"predictor": str(path), "steps": settings.optimiser.steps, "seconds": seconds, **latest}, as_json)
+
+
+@_command("pudnet info --json")
+def info(
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Accepted by every command; nothing is random here.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Show versions, devices and backends: what this installation can do."""
+    from pudnet.info import info as collect
+    from pudnet.predictor import list_pretrained
+
+    console = _console(as_json)
+    found = {**collect(), "pretrained": list_pretrained(), "chosen_device": str(_device(device))}
+    table = _table("", "")
+    for name, value in _flat(found):
+        table.add_row(_plain(name), _plain(value))
+    console.print(table)
+    _emit(found, as_json)
+
+
+def _device(name: str) -> torch.device:
+    """The device called ``name``; ``auto`` is the GPU if there is one."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        rule = "a device of this machine (auto, cpu, cuda, ...)"
+        raise InputError(message("pudnet", "--device", rule, f"{name!r} ({reason})")) from error
+    if device.type == "meta":
+        raise InputError(message("pudnet", "--device", "a device that holds numbers", repr(name)))
+    return device
+
+
+def _console(to_stderr: bool) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=to_stderr, highlight=False)
+
+
+def _table(*columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(show_header=any(columns))
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number and len(columns) > 2 else "left", overflow="fold")
+    return table
+
+
+def _plain(value: object) -> str:
+    """Text for a table: nothing in a class or file name is taken for markup."""
+    from rich.markup import escape
+
+    return escape(str(value))
+
+
+def _notes(console: Console, report: Mapping[str, Any]) -> None:
+    """Warnings and skipped files."""
+    for text in report["warnings"]:
+        console.print(f"Warning: {text}", markup=False)
+    skipped = report["skipped"]
+    if skipped:
+        console.print(f"{len(skipped)} files were skipped, the first: {skipped[0][0]} ({skipped[0][1]})", markup=False)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, object]]:
+    """Nested dictionaries as rows."""
+    rows: list[tuple[str, object]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            rows += _flat(value, f"{prefix}{name}.")
+        else:
+            rows.append((f"{prefix}{name}", ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value))
+    return rows
+
+
+def _emit(result: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(result, default=str))

@@ -1,0 +1,547 @@
+"""What a user holds: ``Predictor`` turns a dataset into a ``PredictedModel``; ``load`` reads a saved one.
+
+``Predictor.predict`` is the whole path from images to a classifier; each stage is timed under its name.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pudnet import checkpoint
+from pudnet._version import __version__
+from pudnet.batchnorm import POLICIES, set_policy
+from pudnet.data import ImageSource, Preprocess, open_images
+from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError, message
+from pudnet.features import feature_maps
+from pudnet.heads import Head, check_head, fit_head, head_from_config
+from pudnet.models.pudnet import PudNet
+from pudnet.sketch import Sketch, SketchBuilder
+from pudnet.targets import build_target
+
+T = TypeVar("T")
+
+STAGES = ("reading", "sketch", "weights", "calibration", "head")
+SKETCH_SIZE = 500
+BATCH = 256
+CPU_BATCH = 32  # activations that stay in the cache: half the time of batches of 256 (convnet3)
+PRETRAINED = Path(__file__).parent / "pretrained"
+HUB_FILE = "predictor.safetensors"
+
+
+class StageClock:
+    """Seconds per stage. Stages may nest: time counts for the innermost one only."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self._cuda = device is not None and device.type == "cuda"
+        self._open: list[str] = []
+        self._started = self._since = time.perf_counter()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the time in this block for stage ``name``."""
+        self._switch()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._switch()
+            self._open.pop()
+
+    def iterate(self, name: str, items: Iterable[T]) -> Iterator[T]:
+        """The same items; the time it takes to get each counts for stage ``name``."""
+        iterator = iter(items)
+        while True:
+            with self.stage(name):
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
+
+    def total(self) -> float:
+        """Seconds since the clock was made."""
+        self._switch()
+        return self._since - self._started
+
+    def _switch(self) -> None:
+        if self._cuda:  # kernels run on after the call that started them
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if self._open:
+            self.seconds[self._open[-1]] += now - self._since
+        self._since = now
+
+
+class Classification(NamedTuple):
+    """Answers for n images: the class name of each, and the probability of every class ``[n, K]``."""
+
+    labels: list[str]
+    probabilities: Tensor
+
+
+class PredictedModel(nn.Module):
+    """A finished classifier: a network with predicted weights and a head. A plain module, in eval mode.
+
+    Attributes:
+        preprocess: uint8 images of any size -> the network's normalised input.
+        classes: class names, in the order of the logits.
+        report: how it was made: seconds per stage, accuracy to expect, counts, warnings, provenance. JSON-able.
+        target_name: name of the target network; None where it was a module of the caller's.
+        batchnorm: the BatchNorm policy.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        head: Head,
+        preprocess: Preprocess,
+        classes: Sequence[str],
+        *,
+        batchnorm: str = "calibrated",
+        target_name: str | None = None,
+        report: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.head = head
+        self.preprocess = preprocess
+        self.classes = tuple(classes)
+        self.batchnorm = batchnorm
+        self.target_name = target_name
+        self.report: dict[str, Any] = dict(report or {})
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised images ``[n, 3, size, size]`` -> logits ``[n, K]``; their softmax are calibrated probabilities."""
+        if x.dim() != 4 or x.shape[1] != 3:
+            hint = "Turn images into it with model.preprocess(images)."
+            raise ShapeError(message("PredictedModel", "x", "[n, 3, H, W]", list(x.shape), hint))
+        if not x.is_floating_point():
+            hint = "Turn images into it with model.preprocess(images)."
+            raise DtypeError(message("PredictedModel", "x", "floating point", x.dtype, hint))
+        logits: Tensor = self.head(feature_maps(self.network, x.contiguous(memory_format=torch.channels_last)))
+        return logits
+
+    @torch.no_grad()
+    def classify(self, images: Any) -> Classification:
+        """Classify images.
+
+        Args:
+            images: uint8 ``[n, H, W, C]`` or ``[n, H, W]`` of any size, or a list of single images.
+
+        Returns:
+            Class names, n of them, and probabilities ``[n, K]`` on the CPU.
+        """
+        probabilities = self._probabilities(self.preprocess.resize(images))
+        return Classification([self.classes[label] for label in probabilities.argmax(1).tolist()], probabilities)
+
+    def _probabilities(self, resized: Tensor) -> Tensor:
+        """uint8 ``[n, size, size, 3]`` -> probabilities ``[n, K]`` on the CPU."""
+        parts = _pieces(resized, self.batchnorm, self._device)
+        found = [torch.softmax(self(self.preprocess.normalise(part)), dim=1).cpu() for part in parts]
+        return torch.cat(found) if found else torch.empty(0, len(self.classes))
+
+    @property
+    def _device(self) -> torch.device:
+        return _device_of(self.network)
+
+    @torch.no_grad()
+    def evaluate(self, source: Any, labels: Any = None, *, split: str = "test", seed: int = 0) -> dict[str, Any]:
+        """Measure the accuracy on labelled images, given in any form ``Predictor.predict`` takes.
+
+        Args:
+            split: which part of a source that has several.
+            seed: of the order of the images, which matters to the BatchNorm policy ``"batch"`` alone.
+
+        Returns:
+            ``top1`` (0..1), ``top5`` where there are more than five classes, ``n``, ``per_class``
+            ``{name: {"n", "top1"}}``, ``nll`` (mean negative log-probability of the right class), ``skipped``
+            ``[[file, reason]]``, ``warnings``, ``seconds``.
+
+        Raises:
+            InputError: there are no images, or classes the model does not know.
+        """
+        start = time.perf_counter()
+        opened = open_images(source, labels, size=self.preprocess.size, split=split, classes=self.classes)
+        k = len(self.classes)
+        n, right, right5 = torch.zeros(k).long(), torch.zeros(k).long(), 0
+        nll = 0.0
+        for images, truth in _ordered(opened, self.batchnorm, seed):
+            probabilities = self._probabilities(images)  # [b, K]
+            hit = probabilities.argmax(1) == truth
+            n += torch.bincount(truth, minlength=k)
+            right += torch.bincount(truth[hit], minlength=k)
+            right5 += int((probabilities.topk(min(5, k)).indices == truth[:, None]).any(1).sum())
+            own = probabilities.gather(1, truth[:, None]).double()
+            nll -= float(own.clamp_min(torch.finfo(torch.float32).tiny).log().sum())
+        total = int(n.sum())
+        counted = zip(self.classes, n.tolist(), right.tolist(), strict=True)
+        return {
+            "top1": int(right.sum()) / total,
+            **({"top5": right5 / total} if k > 5 else {}),
+            "n": total,
+            "nll": nll / total,
+            "per_class": {name: {"n": of, "top1": hits / of} for name, of, hits in counted if of},
+            "skipped": [list(entry) for entry in opened.skipped],
+            "warnings": list(opened.warnings),
+            "seconds": time.perf_counter() - start,
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to one file that ``pudnet.load`` reads back to equal outputs.
+
+        Raises:
+            InputError: the path cannot be written.
+        """
+        config = {
+            "target": self.target_name,
+            "preprocess": self.preprocess.to_dict(),
+            "classes": list(self.classes),
+            "batchnorm": self.batchnorm,
+            "head": self.head.config(),
+            "report": self.report,
+        }
+        # Clones: a weight that two layers share would otherwise be refused.
+        tensors = {f"network.{name}": tensor.clone() for name, tensor in self.network.state_dict().items()}
+        tensors |= {f"head.{name}": tensor for name, tensor in self.head.state.items()}
+        checkpoint.save(path, "model", config, tensors)
+
+
+def load(path: str | os.PathLike[str], target: nn.Module | None = None) -> PredictedModel:
+    """Read a model written by ``PredictedModel.save``; its outputs equal those of the saved one.
+
+    Args:
+        target: a module of the target's architecture, where it was a module and not a name; copied.
+
+    Raises:
+        InputError: there is no such file.
+        CheckpointError: the file is damaged, of another version or kind, or does not fit ``target``.
+    """
+    where = "pudnet.load"
+    config, tensors = checkpoint.load(path, "model")
+    name = config.get("target")
+    if name is None and target is None:
+        raise CheckpointError(message(where, "target", "the module the model was made for", None))
+    try:
+        if target is not None:
+            network = copy.deepcopy(target)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                network, _ = build_target(str(name))
+        weights = _part(tensors, "network.")
+        _match_batch_norms(network, weights)
+        network.load_state_dict(weights)
+        return PredictedModel(
+            network,
+            head_from_config(config["head"], _part(tensors, "head.")),
+            Preprocess.from_dict(config["preprocess"]),
+            config["classes"],
+            batchnorm=config["batchnorm"],
+            target_name=name,
+            report=config["report"],
+        )
+    except (KeyError, TypeError, RuntimeError, InputError) as error:
+        got = f"{str(path)!r} ({_one_line(error)})"
+        hint = "It was made for another target network or another version."
+        raise CheckpointError(message(where, "path", "a model that fits", got, hint)) from error
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next(tensor.device for tensor in module.parameters())
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _match_batch_norms(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give every BatchNorm running statistics exactly where ``weights`` has some: the policy decided that."""
+    for prefix, norm in network.named_modules():
+        if not isinstance(norm, _BatchNorm):
+            continue
+        norm.track_running_stats = f"{prefix}.running_mean" in weights
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            stored = weights.get(f"{prefix}.{name}")
+            setattr(norm, name, None if stored is None else torch.zeros_like(stored))
+
+
+class Predictor:
+    """Predicts a classifier from a dataset with a trained hypernetwork.
+
+    Args:
+        net: the hypernetwork; copied.
+        device: where everything runs; None for where ``net`` is.
+        origin: what reports say about where the hypernetwork came from.
+
+    Attributes:
+        net: the copy, in eval mode.
+    """
+
+    def __init__(
+        self,
+        net: PudNet,
+        *,
+        device: str | torch.device | None = None,
+        origin: Mapping[str, Any] | None = None,
+    ) -> None:
+        _require(net, (PudNet,), "Predictor", "net", "Use Predictor.from_pretrained for a name or path.")
+        self.net = copy.deepcopy(net).eval().requires_grad_(False)
+        if device is not None:
+            self.net.to(device)
+        self.origin = dict(origin or {"checkpoint": None, "sha256": None})
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        target: nn.Module | None = None,
+        device: str | torch.device | None = None,
+    ) -> Predictor:
+        """Load a trained hypernetwork.
+
+        Args:
+            name: an existing file (or a folder with ``predictor.safetensors``); else a bundled name, see
+                ``pudnet.list_pretrained()``; else a repository of the Hugging Face Hub, ``owner/name``.
+            target: the target network, where the checkpoint was made for a module and not a name.
+            device: where to run; None for the CPU.
+
+        Raises:
+            InputError: there is no such file, name or repository.
+            CheckpointError: the file is damaged, of another version, or not a hypernetwork.
+        """
+        path = _find_checkpoint(name)
+        net = PudNet.load(path, target=target)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return cls(net, device=device, origin={"checkpoint": str(name), "sha256": digest})
+
+    @property
+    def device(self) -> torch.device:
+        return self.net.temperature.device
+
+    def to(self, device: str | torch.device) -> Predictor:
+        """Move to ``device``; returns itself."""
+        self.net.to(device)
+        return self
+
+    def sketch(
+        self,
+        images: Any,
+        labels: Any = None,
+        *,
+        size: int = SKETCH_SIZE,
+        seed: int = 0,
+        stream: int = 0,
+        split: str = "train",
+        classes: Sequence[str] | None = None,
+    ) -> Sketch:
+        """Sample a dataset, or a part of one: sketches of parts merge (``Sketch.merge``) into a sketch of the whole.
+
+        Args:
+            images: anything ``predict`` takes; arrays may also come without labels.
+            size: images in the sketch at most.
+            seed: of the sample.
+            stream: a different number for each part that will be merged.
+            classes: class names in label order; parts of one dataset need the same.
+        """
+        builder = SketchBuilder(size, seed=seed, stream=stream)
+        if isinstance(images, (np.ndarray, Tensor)) and labels is None:
+            builder.update(self.net.preprocess.resize(images), None)
+            return builder.finish()
+        side = self.net.config.image_size
+        for batch, batch_labels in open_images(images, labels, size=side, split=split, classes=classes):
+            builder.update(batch, batch_labels)
+        return builder.finish()
+
+    @torch.no_grad()
+    def predict(
+        self,
+        images: Any,
+        labels: Any = None,
+        *,
+        head: str = "ridge",
+        batchnorm: str = "calibrated",
+        sketch: Sketch | None = None,
+        sketch_size: int = SKETCH_SIZE,
+        seed: int = 0,
+        split: str = "train",
+        classes: Sequence[str] | None = None,
+    ) -> PredictedModel:
+        """Predict a classifier for a dataset: read, sketch, weights, BatchNorm statistics, head.
+
+        Args:
+            images: a folder with one sub-folder per class, an ``.npz`` file, uint8 images ``[n, H, W, C]`` (array or
+                tensor) with ``labels``, or a torch ``Dataset`` or ``DataLoader`` of (image, label).
+            labels: ``[n]`` integers or names, for arrays.
+            head: ``"ridge"``, ``"ridge-last"`` or ``"cosine"``.
+            batchnorm: ``"calibrated"``, ``"batch"`` or ``"shared"``.
+            sketch: used instead of one drawn here.
+            sketch_size: images in the one drawn here, at most.
+            seed: of everything random.
+            split: which part of a source that has several.
+            classes: class names in label order; None for those of the source.
+
+        Raises:
+            InputError: bad images or labels (see ``pudnet.data.open_images``), or an unknown head or policy.
+        """
+        where = "Predictor.predict"
+        check_head(head)
+        if batchnorm not in POLICIES:
+            raise InputError(message(where, "batchnorm", f"one of {', '.join(POLICIES)}", repr(batchnorm)))
+        _require(sketch, (Sketch, type(None)), where, "sketch", "Make one with predictor.sketch(images, labels).")
+        clock = StageClock(self.device)
+        with clock.stage("reading"):
+            source = open_images(images, labels, size=self.net.config.image_size, split=split, classes=classes)
+        if sketch is None:
+            builder = SketchBuilder(sketch_size, seed=seed)
+            for batch, batch_labels in clock.iterate("reading", source):
+                with clock.stage("sketch"):
+                    builder.update(batch, batch_labels)
+            with clock.stage("sketch"):
+                sketch = builder.finish()
+        with clock.stage("weights"):
+            network = self.net.materialise(self.net.generate(sketch))
+        model = finish(
+            network, source, sketch, self.net.preprocess, head=head, batchnorm=batchnorm, seed=seed, clock=clock
+        )
+        model.target_name = self.net.target_name
+        model.report["provenance"] = {
+            **self.origin,
+            "target": self.net.target_name,
+            "pudnet": __version__,
+            "torch": torch.__version__,
+            "device": str(self.device),
+            "seed": seed,
+            "sketch_images": len(sketch.images),
+        }
+        return model
+
+
+@torch.no_grad()
+def finish(
+    network: nn.Module,
+    source: ImageSource,
+    sketch: Sketch,
+    preprocess: Preprocess,
+    *,
+    head: str = "ridge",
+    batchnorm: str = "calibrated",
+    seed: int = 0,
+    clock: StageClock | None = None,
+) -> PredictedModel:
+    """Turn a network that has its convolution weights into a classifier of ``source``: BatchNorm statistics and head.
+
+    Args:
+        network: with weights from anywhere; it becomes part of the model and is changed.
+        source: the training images.
+        sketch: the random sample of them that BatchNorm is calibrated on.
+        clock: to go on counting on; None for a new one.
+    """
+    device = _device_of(network)
+    clock = clock or StageClock(device)
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def prepared(images: Tensor) -> Tensor:
+        return preprocess.normalise(images.to(device)).contiguous(memory_format=torch.channels_last)
+
+    def mapped() -> Iterator[tuple[list[Tensor], Tensor]]:
+        for images, labels in clock.iterate("reading", _ordered(source, batchnorm, seed)):
+            done = 0
+            for piece in _pieces(images, batchnorm, device):
+                yield feature_maps(network, prepared(piece)), labels[done : done + len(piece)]
+                done += len(piece)
+
+    with clock.stage("calibration"):
+        set_policy(network, batchnorm, prepared(preprocess.resize(sketch.images)), seed=seed)
+    with clock.stage("head"):
+        fitted = fit_head(head, mapped(), len(source.classes), seed=seed)
+    model = PredictedModel(network, fitted, preprocess, source.classes, batchnorm=batchnorm)
+    total = clock.total()
+    model.report = {
+        "seconds": {**clock.seconds, "total": total},
+        "expected_accuracy": fitted.expected_accuracy,
+        "n": sum(source.counts or ()),
+        "class_counts": dict(zip(source.classes, source.counts or (), strict=True)),
+        "skipped": [list(entry) for entry in source.skipped],
+        "warnings": list(source.warnings),
+        "head": {"name": head, **fitted.info},
+        "batchnorm": batchnorm,
+    }
+    return model
+
+
+def _ordered(source: ImageSource, batchnorm: str, seed: int) -> Iterable[tuple[Tensor, Tensor]]:
+    """Batches of ``source``, in a random order where batches share statistics: one of a single class would leak it."""
+    if batchnorm != "batch":
+        return source
+    images, labels = source.tensors()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    parts = order.tensor_split(-(-len(order) // BATCH))  # nearly equal: a small last batch has poor statistics
+    return ((images[part], labels[part]) for part in parts)
+
+
+def _pieces(images: Tensor, batchnorm: str, device: torch.device) -> Iterator[Tensor]:
+    """Cut a batch into what the network reads at once; not where the images of a batch share statistics."""
+    size = CPU_BATCH if device.type == "cpu" and batchnorm != "batch" else BATCH
+    return (part.to(device) for part in torch.split(images, size) if len(part))
+
+
+def list_pretrained() -> list[str]:
+    """Names of the bundled hypernetworks, for ``Predictor.from_pretrained``."""
+    return sorted(path.stem for path in PRETRAINED.glob("*.safetensors"))
+
+
+def _find_checkpoint(name: str | os.PathLike[str]) -> Path:
+    """The file behind a path, a bundled name or a Hub id, tried in this order."""
+    where = "Predictor.from_pretrained"
+    text = os.fspath(name)
+    path = Path(text)
+    if path.is_dir() and (path / HUB_FILE).is_file():
+        return path / HUB_FILE
+    if path.is_file():
+        return path
+    if text in list_pretrained():
+        return PRETRAINED / f"{text}.safetensors"
+    bundled = ", ".join(list_pretrained()) or "none"
+    if path.is_dir() or path.suffix == ".safetensors" or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text):
+        rule = f"an existing file, a bundled name ({bundled}) or a Hub id (owner/name)"
+        raise InputError(message(where, "name", rule, repr(text)))
+    return _download(text, where, bundled)
+
+
+def _download(repository: str, where: str, bundled: str) -> Path:
+    rule = f"an existing file, a bundled name ({bundled}) or a Hub id with {HUB_FILE}"
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        hint = "For a Hub id, type: pip install huggingface_hub"
+        raise InputError(message(where, "name", rule, repr(repository), hint)) from error
+    try:
+        return Path(hf_hub_download(repository, HUB_FILE))
+    except Exception as error:  # its errors share no base class: HTTP, missing repository or file, no network
+        got = f"{repository!r} ({type(error).__name__}: {_one_line(error)})"
+        raise InputError(message(where, "name", rule, got)) from error
+
+
+def _require(value: object, kinds: tuple[type, ...], where: str, argument: str, hint: str) -> None:
+    if not isinstance(value, kinds):
+        raise DtypeError(message(where, argument, f"a {kinds[0].__name__}", type(value).__name__, hint))
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:300]}..."
