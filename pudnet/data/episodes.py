@@ -28,6 +28,11 @@ class ClassPool:
     members: tuple[np.ndarray, ...]
     classes: tuple[str, ...]
 
+    @property
+    def smallest(self) -> int:
+        """Images of the smallest class."""
+        return min(map(len, self.members), default=0)
+
     @classmethod
     def build(cls, images: Tensor, labels: Tensor, classes: Sequence[str], keep: Sequence[str]) -> ClassPool:
         """Collect the classes named in ``keep``, in that order."""

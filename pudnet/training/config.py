@@ -83,6 +83,7 @@ class Run:
     output: str = "runs/pudnet"
     checkpoint_minutes: float = 3.0
     validate_every: int = 1_000
+    log_every: int = 50
     amp: bool = True
 
 
@@ -144,6 +145,7 @@ class TrainingConfig:
             "optimiser.steps": self.optimiser.steps,
             "optimiser.lr": self.optimiser.lr,
             "run.validate_every": self.run.validate_every,
+            "run.log_every": self.run.log_every,
         }
         for name, value in positive.items():
             if value <= 0:

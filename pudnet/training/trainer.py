@@ -30,7 +30,7 @@ from pudnet.training.losses import class_means, cosine_logits, group_losses
 logger = logging.getLogger("pudnet")
 
 Callback = Callable[[int, dict[str, float]], None]
-VALIDATION_TASKS, VALIDATION_WAYS, VALIDATION_SUPPORT, VALIDATION_QUERY = 20, 5, 20, 15
+VALIDATION_TASKS, VALIDATION_WAYS, VALIDATION_IMAGES = 20, 5, 35
 
 
 class Trainer:
@@ -83,11 +83,23 @@ class Trainer:
             if unknown := sorted(set(source.held_out) - set(names)):
                 raise InputError(message("Trainer", "data.held_out", "names of classes", unknown[:3]))
             joined = torch.cat(images), torch.cat(labels)
-            kept = [name for name in names if name not in set(source.held_out)]
-            train.append(ClassPool.build(*joined, names, kept))
-            if len(source.held_out) >= VALIDATION_WAYS:
-                held_out.append(ClassPool.build(*joined, names, source.held_out))
+            pool = ClassPool.build(*joined, names, [name for name in names if name not in set(source.held_out)])
+            self._check_episodes(pool)
+            train.append(pool)
+            unseen = ClassPool.build(*joined, names, source.held_out)
+            if len(unseen.classes) >= VALIDATION_WAYS and unseen.smallest > 1:
+                held_out.append(unseen)
         return train, held_out
+
+    def _check_episodes(self, pool: ClassPool) -> None:
+        """Refuse now what would fail at some later step."""
+        wanted = self.config.episodes
+        if wanted.classes > len(pool.classes):
+            rule = f"at most {len(pool.classes)}, the training classes of every [[data]]"
+            raise InputError(message("Trainer", "episodes.classes", rule, wanted.classes))
+        if pool.smallest < wanted.support + wanted.query:
+            rule = f"at most {pool.smallest}, the images of the smallest class"
+            raise InputError(message("Trainer", "episodes.support + query", rule, wanted.support + wanted.query))
 
     @torch.no_grad()
     def _feature_width(self) -> int:
@@ -180,10 +192,12 @@ class Trainer:
         for number in range(VALIDATION_TASKS):
             rng = np.random.default_rng([VALIDATION_TASKS, number])
             pool = self.held_out[number % len(self.held_out)]
+            images_a_class = min(VALIDATION_IMAGES, pool.smallest)
+            query = max(1, images_a_class * 3 // 7)
+            support = images_a_class - query
             episode = sample_episode(
-                pool, rng, self.net.preprocess,
-                classes=VALIDATION_WAYS, support=VALIDATION_SUPPORT, query=VALIDATION_QUERY,
-            )  # fmt: skip
+                pool, rng, self.net.preprocess, classes=VALIDATION_WAYS, support=support, query=query
+            )
             images, labels = episode.images.to(self.device), episode.labels.to(self.device)
             flat = self.net(images[: episode.support], [episode.support])
             features = self.net.call(self.net.layout.views(flat[0]), images)
@@ -318,7 +332,7 @@ def _train(
             done = trainer.steps_done
             if on_step and chief:
                 on_step(done, metrics)
-            if log and done % 50 == 0:
+            if log and done % config.run.log_every == 0:
                 log.write(done, metrics)
             if chief and (done % config.run.validate_every == 0 or done == config.optimiser.steps):
                 accuracy = trainer.unseen_accuracy()

@@ -1,0 +1,52 @@
+"""The training settings are checked when they are read."""
+
+import json
+
+import pytest
+
+from pudnet.errors import InputError
+from pudnet.training import TrainingConfig
+
+GOOD = 'target = "convnet3"\n[[data]]\npaths = ["a.npz"]\n'
+
+
+def read(tmp_path, text):
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    return TrainingConfig.from_toml(path)
+
+
+def test_defaults_and_round_trip(tmp_path):
+    config = read(tmp_path, GOOD)
+    assert config.episodes.classes == 20
+    assert TrainingConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("target = 3\n" + GOOD.split("\n", 1)[1], "target"),
+        ('target = "convnet3"', "data"),
+        (GOOD + "[episodes]\nclases = 3\n", "clases"),
+        (GOOD + '[episodes]\nclasses = "many"\n', "episodes.classes"),
+        (GOOD + "[episodes]\nclasses = 1\n", "at least 2"),
+        (GOOD + "[optimiser]\nsteps = 0\n", "optimiser.steps"),
+        ('target = "convnet3"\n[[data]]\npaths = "a.npz"\n', "data.paths"),
+        ("target = \n", "a TOML file"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, text, says):
+    with pytest.raises(InputError, match=says):
+        read(tmp_path, text)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(InputError, match="a readable file"):
+        TrainingConfig.from_toml(tmp_path / "none.toml")
+
+
+def test_bundled_recipe_is_valid():
+    from importlib.resources import files
+
+    config = TrainingConfig.from_toml(str(files("pudnet") / "pretrained" / "convnet3.toml"))
+    assert len(config.data[0].held_out) == 32
