@@ -78,7 +78,8 @@ def make_plan() -> Plan:
     if asked == "cuda" and not nvcc:
         raise SystemExit(
             "pudnet: PUDNET_BUILD=cuda needs nvcc, and none was found. If a CUDA toolkit is installed, type: "
-            "CUDA_HOME=/usr/local/cuda PUDNET_BUILD=cuda pip install . ; for the CPU alone: PUDNET_BUILD=cpu pip install ."
+            "CUDA_HOME=/usr/local/cuda PUDNET_BUILD=cuda pip install . ; for the CPU alone: "
+            "PUDNET_BUILD=cpu pip install ."
         )
     if nvcc:
         return Plan("cuda", f"nvcc found: {nvcc}", cxx, nvcc)
@@ -97,7 +98,9 @@ def toolkit(nvcc: str) -> tuple[Path, str, list[int]]:
     known = {int(number) for number in re.findall(r"sm_(\d+)", codes)}
     architectures = [number for number in CUDA_ARCHITECTURES if number in known]
     if top is None or release is None or not architectures:
-        raise SystemExit(f"pudnet: {nvcc} does not answer as nvcc does. To build for the CPU: PUDNET_BUILD=cpu pip install .")
+        raise SystemExit(
+            f"pudnet: {nvcc} does not answer as nvcc does. To build for the CPU: PUDNET_BUILD=cpu pip install ."
+        )
     return Path(top.group(1).strip()).resolve(), release.group(1), architectures
 
 
@@ -136,7 +139,11 @@ def ninja_file(plan: Plan, folder: Path, output: Path, version: str) -> str:
         top, release, architectures = toolkit(plan.nvcc)
         newest = architectures[-1]
         names = " ".join([*(f"sm_{number}" for number in architectures), f"compute_{newest}"])
-        defines += ["-DPUDNET_WITH_CUDA", f'-DPUDNET_CUDA_VERSION="{release}"', f'-DPUDNET_CUDA_ARCHITECTURES="{names}"']
+        defines += [
+            "-DPUDNET_WITH_CUDA",
+            f'-DPUDNET_CUDA_VERSION="{release}"',
+            f'-DPUDNET_CUDA_ARCHITECTURES="{names}"',
+        ]
         nvcc_flags = ["-DPUDNET_WITH_CUDA", "-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
         if "CXX" in os.environ:
             nvcc_flags += ["-ccbin", plan.cxx]
@@ -193,8 +200,8 @@ class NinjaBuild(build_ext):
         command = [find_ninja(), "-f", str(recipe), *jobs, *(["-v"] if self.verbose > 1 else [])]
         if subprocess.run(command).returncode:
             raise SystemExit(
-                "pudnet: the extension did not compile (messages above). To leave out the CUDA part: PUDNET_BUILD=cpu pip "
-                "install . ; to install without the extension: PUDNET_BUILD=none pip install ."
+                "pudnet: the extension did not compile (messages above). To leave out the CUDA part: PUDNET_BUILD=cpu "
+                "pip install . ; to install without the extension: PUDNET_BUILD=none pip install ."
             )
 
 

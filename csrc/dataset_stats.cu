@@ -243,6 +243,7 @@ __global__ void __launch_bounds__(kBlock) feature_classes(ClassStats args, Group
     float mean = 0.0f, variance = 0.0f;
     if (rows > 0) {
       double sum = 0.0, square = 0.0;
+#pragma unroll 1  // unrolled, it spills a register on sm_90
       for (std::int64_t s = g.first_segment[k]; s < g.first_segment[k + 1]; ++s) {
         sum += sums[s * args.width + column];
         square += squares[s * args.width + column];

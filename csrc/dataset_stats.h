@@ -77,8 +77,9 @@ PUDNET_BOTH inline void moments_of_bytes(std::int64_t count, std::uint64_t sum, 
 // the spread, so the subtraction loses at most a factor of `count` in relative accuracy, which doubles can spare.
 PUDNET_BOTH inline void moments_of_deviations(std::int64_t count, double shift, double sum, double squares, float* mean,
                                               float* variance) {
-  const double offset = sum / static_cast<double>(count);
-  const double spread = squares / static_cast<double>(count) - offset * offset;
+  const double share = 1.0 / static_cast<double>(count);
+  const double offset = sum * share;
+  const double spread = squares * share - offset * offset;
   *mean = static_cast<float>(shift + offset);
   *variance = static_cast<float>(spread < 0.0 ? 0.0 : spread);  // written so that NaN stays NaN
 }

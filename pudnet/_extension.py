@@ -67,4 +67,6 @@ def _missing() -> str:
                 tag = path.name.removeprefix("_C.").removesuffix(path.suffix)
                 own = ours[0].strip(".").removesuffix(path.suffix)
                 return f"pudnet._C in {folder} was built for {tag} and this Python is {own}. {_REBUILD}"
-    return f"pudnet was installed without the extension pudnet._C (nothing of that name in {list(pudnet.__path__)[0]})"
+    return (
+        f"pudnet is installed without its extension: there is no pudnet._C in {next(iter(pudnet.__path__))}. {_REBUILD}"
+    )

@@ -1,7 +1,7 @@
 """Which implementation of an op runs: names, probes that give reasons, and one selection for all ops.
 
-Every op has a ``reference`` (plain PyTorch, defines the op) and with it ``compiled`` (``torch.compile`` of the reference);
-it may have ``triton`` (kernels/) and ``native`` (csrc/, CPU or CUDA by the tensor's device).
+Every op has a ``reference`` (plain PyTorch, which defines the op) and with it ``compiled`` (``torch.compile`` of the
+reference); it may have ``triton`` (kernels/) and ``native`` (csrc/, CPU or CUDA by the tensor's device).
 
 Order of authority: the argument ``backend=`` of the op, then ``with use_backend(...)``, then the environment variable
 ``PUDNET_BACKEND``, then automatic: the first of ``AUTOMATIC`` that no probe objects to. A backend named by any of the
@@ -34,7 +34,7 @@ from pudnet import _extension
 from pudnet.errors import BackendUnavailableError, InputError, message
 
 BACKENDS = ("reference", "compiled", "triton", "native")
-# By device type; any other takes that of "cpu". `compiled` runs on the CPU by name only: its first call takes up to 25 s.
+# By device type; any other takes that of "cpu". `compiled` runs on the CPU by name only: its first call can take 25 s.
 AUTOMATIC = {"cpu": ("native", "reference"), "cuda": ("triton", "native", "compiled", "reference")}
 
 Run = Callable[..., Any]
@@ -202,7 +202,7 @@ _PROBES = {
 
 @functools.cache
 def _backend_reasons(backend: str, device_type: str, index: int | None) -> tuple[str, ...]:
-    """What keeps a backend from running anything on a device; asked once, because nothing of it changes in a process."""
+    """What keeps a backend from running anything on a device; asked once, since nothing of it changes in a process."""
     try:
         return tuple(_PROBES[backend](device_type, index))
     except Exception as error:  # a probe answers, whatever the machine is like

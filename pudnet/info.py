@@ -19,8 +19,8 @@ def info() -> dict[str, Any]:
 
     Returns:
         ``versions`` (of pudnet, Python and the packages it uses; None where not installed), ``cpu``, ``gpus``,
-        ``extension`` (its build, or the reason why it is not used), and ``backends``: device -> op -> backend -> reasons
-        why it cannot run, empty where it can.
+        ``extension`` (its build, or the reason why it is not used), and ``backends``: device -> op -> backend ->
+        reasons why it cannot run, empty where it can.
     """
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return {

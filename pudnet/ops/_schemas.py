@@ -12,17 +12,16 @@ from torch import Tensor
 torch.library.define(
     "pudnet::image_stats",
     "(Tensor images, Tensor labels, SymInt num_classes, float[] mean, float[] std) -> "
-    "(Tensor sketch, Tensor channel_mean, Tensor channel_var, Tensor counts, Tensor means, Tensor variances)",
+    "(Tensor sketch, Tensor channel_mean, Tensor channel_var, Tensor means, Tensor variances, Tensor counts)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
     "pudnet::class_stats",
-    "(Tensor features, Tensor labels, SymInt num_classes) -> (Tensor counts, Tensor means, Tensor variances)",
+    "(Tensor features, Tensor labels, SymInt num_classes) -> (Tensor means, Tensor variances, Tensor counts)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
-@torch.library.register_fake("pudnet::image_stats")
 def empty_image_stats(
     images: Tensor, labels: Tensor, num_classes: int, mean: list[float], std: list[float]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -32,17 +31,20 @@ def empty_image_stats(
         images.new_empty((n, channels, height, width), dtype=torch.float32),
         images.new_empty(channels, dtype=torch.float32),
         images.new_empty(channels, dtype=torch.float32),
+        images.new_empty((num_classes, height * width * channels), dtype=torch.float32),
+        images.new_empty((num_classes, height * width * channels), dtype=torch.float32),
         images.new_empty(num_classes, dtype=torch.int64),
-        images.new_empty((num_classes, height * width * channels), dtype=torch.float32),
-        images.new_empty((num_classes, height * width * channels), dtype=torch.float32),
     )
 
 
-@torch.library.register_fake("pudnet::class_stats")
 def empty_class_stats(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs of ``class_stats``, not filled."""
     return (
+        features.new_empty((num_classes, features.shape[1])),
+        features.new_empty((num_classes, features.shape[1])),
         features.new_empty(num_classes, dtype=torch.int64),
-        features.new_empty((num_classes, features.shape[1])),
-        features.new_empty((num_classes, features.shape[1])),
     )
+
+
+torch.library.register_fake("pudnet::image_stats", empty_image_stats)
+torch.library.register_fake("pudnet::class_stats", empty_class_stats)

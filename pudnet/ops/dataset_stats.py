@@ -22,17 +22,17 @@ class ImageStats(NamedTuple):
     sketch: Tensor  # [n, C, H, W] float32, (pixel - mean) / std
     channel_mean: Tensor  # [C] float32, over every pixel of every image
     channel_var: Tensor  # [C] float32
-    counts: Tensor  # [K] int64
     means: Tensor  # [K, H * W * C] float32
     variances: Tensor  # [K, H * W * C] float32
+    counts: Tensor  # [K] int64
 
 
 class ClassStats(NamedTuple):
     """Statistics of rows of F features in K classes."""
 
-    counts: Tensor  # [K] int64
     means: Tensor  # [K, F]
     variances: Tensor  # [K, F]
+    counts: Tensor  # [K] int64
 
 
 def image_stats(
@@ -50,8 +50,8 @@ def image_stats(
 
     Args:
         images: ``[n, H, W, C]`` uint8.
-        labels: ``[n]`` int64 in ``0..num_classes-1``, or -1 for an image of no class: it has its place in the sketch and
-            the channel moments, and no part in the class statistics.
+        labels: ``[n]`` int64 in ``0..num_classes-1``, or -1 for an image of no class: it has its place in the sketch
+            and the channel moments, and no part in the class statistics.
         num_classes: K.
         mean: C numbers; the sketch is ``(pixel / 255 - mean) / std``.
         std: C positive numbers.
@@ -83,7 +83,7 @@ def class_stats(
     *,
     backend: str | None = None,
 ) -> ClassStats:
-    """Count, mean and population variance of the features of every class; a class without rows has 0.
+    """Mean and population variance of the features of every class, and its count; a class without rows has 0.
 
     Means and variances are differentiable with respect to ``features`` on every backend.
 
@@ -166,7 +166,7 @@ def _image_stats_native(
 ) -> tuple[Tensor, ...]:
     images, labels = images.contiguous(), labels.contiguous()  # a copy where they are not dense already
     n, height, width, channels = images.shape
-    sketch, channel_mean, channel_var, counts, means, variances = outputs = empty_image_stats(
+    sketch, channel_mean, channel_var, means, variances, counts = outputs = empty_image_stats(
         images, labels, num_classes, mean, std
     )
     arguments = {
@@ -195,7 +195,7 @@ def _class_stats_native(features: Tensor, labels: Tensor, num_classes: int) -> t
     if features.stride(1) != 1:
         features = features.contiguous()  # rows may lie apart, the features of a row may not
     n, width = features.shape
-    counts, means, variances = outputs = empty_class_stats(features, labels, num_classes)
+    means, variances, counts = outputs = empty_class_stats(features, labels, num_classes)
     arguments = {
         "features": features,
         "labels": labels,
@@ -213,13 +213,13 @@ def _class_stats_native(features: Tensor, labels: Tensor, num_classes: int) -> t
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     features, labels, ctx.num_classes = inputs
-    counts, means, _ = output
+    means, _, counts = output
     ctx.mark_non_differentiable(counts)
     ctx.save_for_backward(features, labels, counts, means)
 
 
 def _class_stats_backward(
-    ctx: Any, d_counts: Tensor | None, d_means: Tensor, d_variances: Tensor
+    ctx: Any, d_means: Tensor, d_variances: Tensor, d_counts: Tensor | None
 ) -> tuple[Tensor, None, None]:
     """For a row x of a class of n rows: dx = (d_mean + 2 (x - mean) d_variance) / n."""
     features, labels, counts, means = ctx.saved_tensors

@@ -108,7 +108,7 @@ def image_stats(
     mean: list[float],  # [C]
     std: list[float],  # [C]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Normalised sketch [n, C, H, W], channel mean and variance [C], class counts [K], means and variances [K, H * W * C].
+    """Sketch [n, C, H, W], channel mean and variance [C], class means and variances [K, H * W * C], class counts [K].
 
     Sums of bytes and of their squares are whole numbers, which float64 adds exactly; variances are the population's.
     """
@@ -117,7 +117,8 @@ def image_stats(
     pixels = images.reshape(n, height * width * channels)
     sums = torch.zeros(num_classes + 1, pixels.shape[1], dtype=torch.float64, device=images.device)
     squares = torch.zeros_like(sums)
-    for rows, classes in zip(pixels.split(1024), index.split(1024), strict=True):  # bounds the float64 copies
+    # In pieces, which bounds the memory of the float64 copies.
+    for rows, classes in zip(torch.split(pixels, 1024), torch.split(index, 1024), strict=True):
         values = rows.to(torch.float64)
         sums.index_add_(0, classes, values)
         squares.index_add_(0, classes, values.square())
@@ -134,7 +135,7 @@ def image_stats(
     channel_mean, channel_var = moments(max(n * height * width, 1), *by_channel)
     shift, scale = (torch.tensor(x, dtype=torch.float32, device=images.device) for x in (mean, std))
     sketch = ((images.to(torch.float32) / 255 - shift) / scale).permute(0, 3, 1, 2).contiguous()
-    return sketch, channel_mean, channel_var, counts[:num_classes], means, variances
+    return sketch, channel_mean, channel_var, means, variances, counts[:num_classes]
 
 
 def class_stats(
@@ -142,7 +143,7 @@ def class_stats(
     labels: Tensor,  # [n] int64, -1 or 0..K-1
     num_classes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Class counts [K], means and population variances [K, F], accumulated in float64 in two passes."""
+    """Class means and population variances [K, F], accumulated in float64 in two passes, and counts [K]."""
     index = _index_by_class("class_stats", labels, num_classes)
     counts = torch.zeros(num_classes + 1, dtype=torch.int64, device=features.device)
     counts = counts.index_add(0, index, torch.ones_like(index))
@@ -151,4 +152,4 @@ def class_stats(
     zeros = values.new_zeros(num_classes + 1, features.shape[1])
     means = zeros.index_add(0, index, values) / divisor  # [K + 1, F]
     variances = zeros.index_add(0, index, (values - means[index]).square()) / divisor
-    return counts[:num_classes], means[:num_classes].to(features.dtype), variances[:num_classes].to(features.dtype)
+    return means[:num_classes].to(features.dtype), variances[:num_classes].to(features.dtype), counts[:num_classes]
