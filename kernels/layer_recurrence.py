@@ -1,0 +1,282 @@
+"""Dataset embedding -> one code per layer: the whole recurrence, all L steps, in one launch; and its gradient in one.
+
+At D = 128 the matrices take 850 KB in float32, more than one multiprocessor holds, and reading them anew in each of up to
+60 steps would take longer than everything else. So D / UNITS programs, a *team*, share the work on one dataset: each
+keeps the rows of its own UNITS hidden units in registers through all steps, in float32, so that sums need neither tensor
+cores nor TF32. A team works on its datasets one after another.
+
+What a program computes for its units the others need at once. They exchange it through 64-bit words in global memory,
+each a float32 and a flag: a program posts its words and reads everybody's until all flags are set. A word is written
+once per launch (the launcher clears them), carries its own flag, and is read and written whole, so no fence or counter is
+needed. This spins: all programs of a launch must run at the same time, which the cooperative launch guarantees and the
+number of teams respects.
+
+Per step there are three exchanges: one per GRU layer and one for the output map. LayerNorms are computed by everyone, from
+the exchanged vectors.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pudnet.kernels.blocks import INTERPRET, ready, tanh
+
+WARPS = 8
+LARGEST_WIDTH = 256
+EPSILON = 1e-5  # of torch.nn.functional.layer_norm
+
+
+@triton.jit
+def post(p_words, value, mask):
+    """Publish ``value`` (float32): one word each, with the flag set."""
+    word = (value.to(tl.int32, bitcast=True).to(tl.int64) << 32) | 1
+    tl.atomic_xchg(p_words, word, mask=mask, sem="relaxed")
+
+
+@triton.jit
+def receive(p_words, D: tl.constexpr, BD: tl.constexpr, COPIES: tl.constexpr):
+    """Wait until all D words are posted: ``[BD]``, zero beyond D.
+
+    Each word is read COPIES times, so that no two threads hold the same element: a thread that read a word before the
+    flag was set would otherwise keep its stale copy while another thread's copy ends the wait.
+    """
+    o_d = tl.arange(0, BD)[None, :] + tl.zeros([COPIES, 1], tl.int32)  # [COPIES, BD]
+    word = tl.load(p_words + o_d, mask=o_d < D, other=1, volatile=True)
+    while tl.min(word & 1) == 0:
+        word = tl.load(p_words + o_d, mask=o_d < D, other=1, volatile=True)
+    return tl.max((word >> 32).to(tl.int32).to(tl.float32, bitcast=True), axis=0)
+
+
+@triton.jit
+def matvec(weight, x):
+    """``weight [rows, BD] @ x [BD]``."""
+    return tl.sum(weight * x[None, :], axis=1)
+
+
+@triton.jit
+def moments(x, D: tl.constexpr, BD: tl.constexpr):
+    """(mean, 1 / standard deviation) of the D numbers of ``x [BD]``, as LayerNorm takes them."""
+    mean = tl.sum(x, axis=0) / D
+    centred = tl.where(tl.arange(0, BD) < D, x - mean, 0.0)
+    return mean, 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / D + 1e-5)
+
+
+@triton.jit
+def _gate_rows(p_weight, gate, unit, D: tl.constexpr, BD: tl.constexpr):
+    """Rows of one gate for the given units: ``[UNITS, BD]`` float32."""
+    o_d = tl.arange(0, BD)
+    mask = (unit < D)[:, None] & (o_d < D)[None, :]
+    return tl.load(p_weight + (gate * D + unit)[:, None] * D + o_d[None, :], mask=mask, other=0).to(tl.float32)
+
+
+@triton.jit
+def _gate_bias(p_bias, gate, unit, D: tl.constexpr):
+    return tl.load(p_bias + gate * D + unit, mask=unit < D, other=0).to(tl.float32)
+
+
+@triton.jit
+def _cell(p_saved, gates_r, gates_z, gates_nx, gates_nh, hidden, unit, D: tl.constexpr, SAVE: tl.constexpr):
+    """New hidden values ``[UNITS]`` from the sums of the gates; keeps r, z, n and the hidden part of n for the gradient."""
+    r = tl.sigmoid(gates_r)
+    z = tl.sigmoid(gates_z)
+    n = tanh(gates_nx + r * gates_nh)
+    if SAVE:
+        mask = unit < D
+        tl.store(p_saved + unit, r, mask=mask)
+        tl.store(p_saved + D + unit, z, mask=mask)
+        tl.store(p_saved + 2 * D + unit, n, mask=mask)
+        tl.store(p_saved + 3 * D + unit, gates_nh, mask=mask)
+    return (1.0 - z) * n + z * hidden
+
+
+@triton.jit(do_not_specialize=["batch", "steps", "first_slice", "slices", "alpha"])
+def layer_recurrence_fwd_kernel(
+    p_state,  # [B, 2, D]
+    p_start,  # [D]
+    p_weight_ih,  # [2, 3D, D]
+    p_weight_hh,
+    p_bias_ih,  # [2, 3D]
+    p_bias_hh,
+    p_out_weight,  # [D, D]
+    p_out_bias,  # [D]
+    p_state_norm_weight,  # [D]
+    p_state_norm_bias,
+    p_code_norm_weight,  # [L, D]
+    p_code_norm_bias,
+    p_words,  # [B, L, 3, D] int64, zero
+    p_saved,  # out [B, L, 2, 5, D]: r, z, n, hidden part of n, new hidden value; if SAVE
+    p_saved_e,  # out [B, L, D]; if SAVE
+    p_codes,  # out [B, L, D]
+    batch,
+    steps,  # L
+    slices,  # programs of a team, ceil(D / UNITS)
+    first_slice,  # that of program 0
+    alpha,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    UNITS: tl.constexpr,
+    COPIES: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    SAVE: tl.constexpr,
+):
+    i_program = tl.program_id(0) + first_slice
+    i_team = i_program // slices
+    teams = tl.cdiv(tl.num_programs(0), slices)
+    i_slice = i_program - i_team * slices
+    o_d = tl.arange(0, BD)
+    in_d = o_d < D
+    unit = i_slice * UNITS + tl.arange(0, UNITS)
+    in_unit = unit < D
+
+    wr_x0, wr_h0 = _gate_rows(p_weight_ih, 0, unit, D, BD), _gate_rows(p_weight_hh, 0, unit, D, BD)
+    wz_x0, wz_h0 = _gate_rows(p_weight_ih, 1, unit, D, BD), _gate_rows(p_weight_hh, 1, unit, D, BD)
+    wn_x0, wn_h0 = _gate_rows(p_weight_ih, 2, unit, D, BD), _gate_rows(p_weight_hh, 2, unit, D, BD)
+    wr_x1, wr_h1 = _gate_rows(p_weight_ih, 3, unit, D, BD), _gate_rows(p_weight_hh, 3, unit, D, BD)
+    wz_x1, wz_h1 = _gate_rows(p_weight_ih, 4, unit, D, BD), _gate_rows(p_weight_hh, 4, unit, D, BD)
+    wn_x1, wn_h1 = _gate_rows(p_weight_ih, 5, unit, D, BD), _gate_rows(p_weight_hh, 5, unit, D, BD)
+    br0 = _gate_bias(p_bias_ih, 0, unit, D) + _gate_bias(p_bias_hh, 0, unit, D)
+    bz0 = _gate_bias(p_bias_ih, 1, unit, D) + _gate_bias(p_bias_hh, 1, unit, D)
+    br1 = _gate_bias(p_bias_ih, 3, unit, D) + _gate_bias(p_bias_hh, 3, unit, D)
+    bz1 = _gate_bias(p_bias_ih, 4, unit, D) + _gate_bias(p_bias_hh, 4, unit, D)
+    bn_x0, bn_h0 = _gate_bias(p_bias_ih, 2, unit, D), _gate_bias(p_bias_hh, 2, unit, D)
+    bn_x1, bn_h1 = _gate_bias(p_bias_ih, 5, unit, D), _gate_bias(p_bias_hh, 5, unit, D)
+    out_weight = _gate_rows(p_out_weight, 0, unit, D, BD)
+    out_bias = _gate_bias(p_out_bias, 0, unit, D)
+    norm_weight = tl.load(p_state_norm_weight + o_d, mask=in_d, other=0).to(tl.float32)
+    norm_bias = tl.load(p_state_norm_bias + o_d, mask=in_d, other=0).to(tl.float32)
+    own_norm_weight = tl.load(p_state_norm_weight + unit, mask=in_unit, other=0).to(tl.float32)
+    own_norm_bias = tl.load(p_state_norm_bias + unit, mask=in_unit, other=0).to(tl.float32)
+
+    for b in range(i_team, batch, teams):
+        p_initial = p_state + b * 2 * D
+        h0 = tl.load(p_initial + o_d, mask=in_d, other=0).to(tl.float32)  # [BD], every hidden value of layer 0
+        h1 = tl.load(p_initial + D + o_d, mask=in_d, other=0).to(tl.float32)
+        own_h0 = tl.load(p_initial + unit, mask=in_unit, other=0).to(tl.float32)  # [UNITS], those of this program
+        own_h1 = tl.load(p_initial + D + unit, mask=in_unit, other=0).to(tl.float32)
+        pooled = 0.5 * (h0 + h1)
+        e = tl.load(p_start + o_d, mask=in_d, other=0).to(tl.float32)  # [BD]
+        for t in range(steps):
+            i_step = b * steps + t
+            p_word = p_words + i_step * 3 * D
+            p_save = p_saved + i_step * 10 * D
+            x0 = _cell(
+                p_save,
+                matvec(wr_x0, e) + matvec(wr_h0, h0) + br0,
+                matvec(wz_x0, e) + matvec(wz_h0, h0) + bz0,
+                matvec(wn_x0, e) + bn_x0,
+                matvec(wn_h0, h0) + bn_h0,
+                own_h0, unit, D, SAVE,
+            )  # fmt: skip
+            post(p_word + unit, x0, in_unit)
+            # What the second layer takes from its own past does not wait for the first.
+            r1, z1, n1 = matvec(wr_h1, h1) + br1, matvec(wz_h1, h1) + bz1, matvec(wn_h1, h1) + bn_h1
+            h0 = receive(p_word, D, BD, COPIES)
+            x1 = _cell(
+                p_save + 5 * D, matvec(wr_x1, h0) + r1, matvec(wz_x1, h0) + z1, matvec(wn_x1, h0) + bn_x1, n1,
+                own_h1, unit, D, SAVE,
+            )  # fmt: skip
+            post(p_word + D + unit, x1, in_unit)
+            if SAVE:
+                tl.store(p_save + 4 * D + unit, x0, mask=in_unit)
+                tl.store(p_save + 9 * D + unit, x1, mask=in_unit)
+            own_h0, own_h1 = x0, x1
+            if NORMALISE:
+                mean, scale = moments(h0, D, BD)
+                own_h0 = (x0 - mean) * scale * own_norm_weight + own_norm_bias
+                h0 = tl.where(in_d, (h0 - mean) * scale * norm_weight + norm_bias, 0.0)
+            h1 = receive(p_word + D, D, BD, COPIES)
+            post(p_word + 2 * D + unit, tl.maximum(matvec(out_weight, h1) + out_bias, 0.0), in_unit)
+            if NORMALISE:
+                mean, scale = moments(h1, D, BD)
+                own_h1 = (x1 - mean) * scale * own_norm_weight + own_norm_bias
+                h1 = tl.where(in_d, (h1 - mean) * scale * norm_weight + norm_bias, 0.0)
+            e = receive(p_word + 2 * D, D, BD, COPIES)
+            if t % slices == i_slice:  # the programs of a team take turns at the codes
+                mixed = (1.0 - alpha) * e + alpha * pooled
+                mean, scale = moments(mixed, D, BD)
+                weight = tl.load(p_code_norm_weight + t * D + o_d, mask=in_d, other=0).to(tl.float32)
+                bias = tl.load(p_code_norm_bias + t * D + o_d, mask=in_d, other=0).to(tl.float32)
+                code = (mixed - mean) * scale * weight + bias
+                tl.store(p_codes + i_step * D + o_d, code.to(p_codes.dtype.element_ty), mask=in_d)
+                if SAVE:
+                    tl.store(p_saved_e + i_step * D + o_d, e, mask=in_d)
+
+
+def why_not(width: int, layers: int, dtypes: tuple[torch.dtype, ...], device: torch.device) -> list[str]:
+    """Reasons not to run a recurrence of D = ``width`` and G = ``layers`` with tensors of these dtypes on ``device``."""
+    reasons = []
+    if layers != 2:
+        reasons.append(f"the Triton kernel is for 2 GRU layers; this recurrence has {layers}")
+    if width > LARGEST_WIDTH:
+        reasons.append(f"the Triton kernel is for widths up to {LARGEST_WIDTH}, whose rows fit in registers; got {width}")
+    other = sorted({str(dtype) for dtype in dtypes} - {"torch.float32", "torch.bfloat16"})
+    if other:
+        reasons.append(f"the Triton kernel takes float32 and bfloat16; got {', '.join(other)}")
+    if device.type == "cuda" and not reasons:
+        available = torch.cuda.get_device_properties(device).multi_processor_count
+        needed = triton.cdiv(width, sizes(width)["UNITS"])
+        if needed > available:
+            reasons.append(f"the Triton kernel needs {needed} multiprocessors at this width; the GPU has {available}")
+    return reasons
+
+
+def sizes(width: int) -> dict[str, int]:
+    """The block sizes: constexpr arguments that both kernels take."""
+    block = max(triton.next_power_of_2(width), 16)
+    return {
+        "D": width,
+        "BD": block,
+        # The interpreter runs programs one after another: alone, a program is its own team.
+        "UNITS": block if INTERPRET.value else 8 if block <= 128 else 4,
+        "COPIES": max(WARPS * 64 // block, 1),  # 32 lanes, each up to 2 words in one load
+    }
+
+
+def grid_size(batch: int, width: int, device: torch.device) -> tuple[int, int]:
+    """(programs of a launch, programs of a team)."""
+    slices = triton.cdiv(width, sizes(width)["UNITS"])
+    if INTERPRET.value:
+        return slices, slices
+    teams = max(torch.cuda.get_device_properties(device).multi_processor_count // slices, 1)
+    return slices * min(batch, teams), slices
+
+
+def launch_layer_recurrence_fwd(
+    state: Tensor,  # [B, 2, D]
+    start: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor,
+    bias_hh: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    state_norm_weight: Tensor,
+    state_norm_bias: Tensor,
+    code_norm_weight: Tensor,
+    code_norm_bias: Tensor,
+    alpha: float,
+    normalise_state: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes ``[B, L, D]`` in the dtype of ``state``, what the gradient needs: ``[B, L, 2, 5, D]``, ``[B, L, D]``).
+
+    The last two are empty without ``save``. The other arguments are those of the op of this name.
+    """
+    batch, _, width = state.shape
+    steps = code_norm_weight.shape[0]
+    device = state.device
+    words = torch.zeros(batch, steps, 3, width, dtype=torch.int64, device=device)
+    saved = torch.empty(batch if save else 0, steps, 2, 5, width, dtype=torch.float32, device=device)
+    saved_e = torch.empty(batch if save else 0, steps, width, dtype=torch.float32, device=device)
+    codes = torch.empty(batch, steps, width, dtype=state.dtype, device=device)
+    programs, slices = grid_size(batch, width, device)
+    parameters = (start, weight_ih, weight_hh, bias_ih, bias_hh, out_weight, out_bias, state_norm_weight)
+    parameters += (state_norm_bias, code_norm_weight, code_norm_bias)
+    layer_recurrence_fwd_kernel[(programs,)](
+        ready(state), *(ready(x) for x in parameters), words, saved, saved_e, codes, batch, steps, slices, 0, alpha,
+        **sizes(width), NORMALISE=normalise_state, SAVE=save, num_warps=WARPS, launch_cooperative_grid=True,
+    )  # fmt: skip
+    return codes, saved, saved_e
