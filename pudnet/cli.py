@@ -236,25 +236,28 @@ def train(
     start = time.monotonic()
     losses = TextColumn("{task.description}")
     columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), losses)
+    progress = Progress(*columns, console=_console(True), disable=not chief)
+    task = progress.add_task("", total=settings.optimiser.steps)
+
+    def show(step: int, values: Mapping[str, float]) -> None:
+        nonlocal last_step
+        if not last_step:
+            progress.start()
+        last_step = step
+        latest.update(values)
+        names = ("loss", "cosine", "auxiliary", "agreement", "accuracy", "unseen_accuracy")
+        text = "  ".join(f"{name.replace('_', ' ')} {latest[name]:.3f}" for name in names if name in latest)
+        progress.update(task, completed=step, description=text)
+
     try:
-        with Progress(*columns, console=_console(True), disable=not chief) as progress:
-            task = progress.add_task("", total=settings.optimiser.steps)
-
-            def show(step: int, values: Mapping[str, float]) -> None:
-                nonlocal last_step
-                last_step = step
-                latest.update(values)
-                names = ("loss", "cosine", "auxiliary", "agreement", "accuracy", "unseen_accuracy")
-                text = "  ".join(f"{name.replace('_', ' ')} {latest[name]:.3f}" for name in names if name in latest)
-                progress.update(task, completed=step, description=text)
-
-            path = training.train(
-                settings, resume=resume, device=str(_device(device)), on_step=show, on_validation=show
-            )
+        path = training.train(settings, resume=resume, device=str(_device(device)), on_step=show, on_validation=show)
     except KeyboardInterrupt:
         saved = Path(settings.run.output) / "checkpoint.safetensors"
         kept = f"; go on with: pudnet train {config} --resume" if saved.exists() else ""
         _fail(f"interrupted after step {last_step}{kept}", 130)
+    finally:
+        if last_step:
+            progress.stop()
     seconds = time.monotonic() - start
     if chief:
         _console(as_json).print(f"Hypernetwork: {path}", soft_wrap=True, markup=False)

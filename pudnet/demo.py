@@ -16,7 +16,7 @@ from torch import Tensor
 from pudnet.data import open_images
 from pudnet.errors import InputError, message
 from pudnet.evaluation.baselines import random_weights
-from pudnet.evaluation.scratch import CurvePoint, ScratchResult, train_from_scratch
+from pudnet.evaluation.scratch import CurvePoint, ScratchResult, accuracy, train_from_scratch
 from pudnet.files import atomic_path
 from pudnet.predictor import PredictedModel, Predictor, finish
 
@@ -111,13 +111,13 @@ def run(
             target_accuracy=predicted["top1"],
             max_seconds=max_seconds,
         )
-        last = result.curve[-1]
+        top1 = accuracy(result.model, *digits.test, preprocess)
         draw(picture, model, digits.test, predicted, result)
     return {
         "predicted": predicted,
         "random": random,
         "scratch": {
-            "top1": last.top1,
+            "top1": top1,
             "seconds": result.seconds,
             "reached": bool(result.reached),
             "epochs": result.epochs,
