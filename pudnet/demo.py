@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pudnet.data import open_images
@@ -23,7 +23,7 @@ from pudnet.predictor import PredictedModel, Predictor, finish
 MOST_SECONDS = 60.0
 # The learning rate rises and falls over so many epochs; the most that 60 seconds allow on a slow machine, about.
 EPOCHS = 40
-SAMPLES = 40
+GRID = (5, 8)  # samples in the picture
 
 
 @dataclass(frozen=True)
@@ -154,22 +154,30 @@ def draw(
     except ImportError as error:
         hint = "Type: pip install matplotlib"
         raise InputError(message("pudnet demo", "matplotlib", "installed", str(error), hint)) from error
-    images, truth = test[0][:SAMPLES], test[1][:SAMPLES].tolist()
-    answers = model.classify(images).labels
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = np.asarray(figure.subfigures(1, 2)).tolist()
-    left.suptitle("held-out digits under their predicted labels (wrong ones red)", fontsize=9)
-    for axes, image, answer, label in zip(left.subplots(5, 8).flat, images, answers, truth, strict=False):
-        axes.imshow(image.numpy(), cmap="gray_r")
-        axes.set_title(answer, fontsize=8, pad=1, color="black" if answer == model.classes[label] else "red")
-        axes.set_axis_off()
-    axes = right.subplots()
+    left, right = figure.subplots(1, 2)
+
+    rows, columns = GRID
+    images, truth = test[0][: rows * columns], test[1][: rows * columns].tolist()
+    answers = model.classify(images).labels
+    side = images.shape[1]
+    tiles = F.pad(images, (1, 1, 4, 1))  # room for the label above each
+    height, width = tiles.shape[1:]
+    mosaic = tiles.view(rows, columns, height, width).transpose(1, 2).reshape(rows * height, columns * width)
+    left.imshow(mosaic.numpy(), cmap="gray_r")
+    for index, (answer, label) in enumerate(zip(answers, truth, strict=True)):
+        row, column = divmod(index, columns)
+        colour = "tab:blue" if answer == model.classes[label] else "tab:red"
+        left.text(column * width + side / 2 + 0.5, row * height + 3, answer, color=colour, ha="center", size=8)
+    left.set_title("held-out digits under their predicted labels (wrong ones red)", size=9)
+    left.set_axis_off()
+
     start = CurvePoint(0.0, 0.0, 1 / len(model.classes))
     points = [start, *scratch.curve]
-    axes.plot([p.seconds for p in points], [100 * p.top1 for p in points], label="training from scratch")
-    axes.plot(predicted["seconds"], 100 * predicted["top1"], "o", label="predicted weights")
-    axes.axhline(100 * predicted["top1"], linewidth=0.5, color="grey")
-    axes.set(xlabel="seconds", ylabel="test accuracy, %", ylim=(0, 101))
-    axes.legend(loc="lower right")
+    right.plot([p.seconds for p in points], [100 * p.top1 for p in points], label="training from scratch")
+    right.plot(predicted["seconds"], 100 * predicted["top1"], "o", label="predicted weights")
+    right.axhline(100 * predicted["top1"], linewidth=0.5, color="grey")
+    right.set(xlabel="seconds", ylabel="test accuracy, %", ylim=(0, 101))
+    right.legend(loc="lower right")
     figure.savefig(path, format="png", dpi=120)
