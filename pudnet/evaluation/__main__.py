@@ -43,10 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/evaluation.json"), help="the numbers")
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP",
                         help=f"of {', '.join(GROUPS)}")  # fmt: skip
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
+                        help=f"of {', '.join(ROWS)}")  # fmt: skip
     parser.add_argument("--tasks", type=int, default=20, help="tasks of unseen classes (default: %(default)s)")
     parser.add_argument("--ways", type=int, default=5, help="classes of such a task (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_REPEATS} tasks of unseen classes, no datasets but digits")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_REPEATS} tasks of unseen classes, and the digits")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread; 0: this one")
     parser.add_argument("--fresh", action="store_true", help="compute every row again")

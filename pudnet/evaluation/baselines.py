@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,12 +12,12 @@ from torch import Tensor, nn
 from pudnet.errors import InputError, ShapeError, message
 from pudnet.specs import GENERATED_MODULES
 
-MOST_PATCHES = 65_536  # per layer; more no longer move the leading components
+MOST_PATCHES = 32_768  # per layer; more no longer move the leading components
 RANK_TOLERANCE = 1e-5  # a component with a smaller share of the largest variance is numerical noise
 
 
 def random_weights(module: nn.Module, seed: int = 0) -> nn.Module:
-    """A copy of ``module``, initialised anew: He's normal distribution for convolutions, torch's default for the rest."""
+    """A copy of ``module``, initialised anew: convolutions by He's normal distribution, the rest as torch does."""
     fresh = copy.deepcopy(module)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -99,11 +98,11 @@ def _pca_kernels(conv: nn.Conv2d, x: Tensor, generator: torch.Generator) -> Tens
     """Kernels ``[O, I, kH, kW]`` from the input ``x [n, I * groups, H, W]`` of a convolution."""
     patches = _patches(conv, x, generator)  # [m, d]
     centred = patches - patches.mean(0)
-    values, vectors = torch.linalg.eigh((centred.T @ centred).double() / len(centred))  # ascending
+    values, vectors = torch.linalg.eigh(centred.T @ centred / len(centred))  # ascending
     outputs, dimensions = conv.out_channels, len(values)
     rank = int((values > RANK_TOLERANCE * values[-1]).sum())
     pairs = min(outputs // 2, rank)
-    leading = vectors.flip(1)[:, :pairs].T.to(x.dtype)  # [pairs, d]
+    leading = vectors.flip(1)[:, :pairs].T  # [pairs, d]
     rest = torch.randn(outputs - 2 * pairs, dimensions, generator=generator, dtype=x.dtype)
     kernels = torch.cat([leading, -leading, F.normalize(rest, dim=1)])
     return kernels.view(conv.weight.shape)
@@ -114,7 +113,7 @@ def _patches(conv: nn.Conv2d, x: Tensor, generator: torch.Generator) -> Tensor:
     if x.shape[2] < _reach(conv, 0) or x.shape[3] < _reach(conv, 1):  # no patch fits inside: pad as the layer does
         padding = conv.padding if isinstance(conv.padding, tuple) else tuple(size - 1 for size in conv.kernel_size)
         x = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
-    grouped = x.unflatten(1, (conv.groups, -1)).flatten(0, 1)  # [n * groups, I, H, W]
+    grouped = x.reshape(-1, x.shape[1] // conv.groups, *x.shape[2:])  # [n * groups, I, H, W]
     positions = _positions(conv, grouped)
     share = max(1, MOST_PATCHES // len(grouped))  # patches taken from each image
     found = []
@@ -133,5 +132,3 @@ def _reach(conv: nn.Conv2d, axis: int) -> int:
 def _positions(conv: nn.Conv2d, x: Tensor) -> int:
     down, across = ((x.shape[2 + axis] - _reach(conv, axis)) // conv.stride[axis] + 1 for axis in (0, 1))
     return down * across
-
-

@@ -109,8 +109,9 @@ class _Runner:
             identity = _identity(task.fingerprint, row, self.bench)
             record = self.known.get(identity)
             if record is None:
-                record = {"key": identity, "group": group, "number": number, "row": key, "n_train": len(task.train.labels),
-                          "n_test": len(task.test.labels), **row.run(self.bench, task).to_json()}  # fmt: skip
+                sizes = {"n_train": len(task.train.labels), "n_test": len(task.test.labels)}
+                outcome = row.run(self.bench, task).to_json()
+                record = {"key": identity, "group": group, "number": number, "row": key, **sizes, **outcome}
             records.append(record)
         return records
 

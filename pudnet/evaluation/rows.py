@@ -73,7 +73,7 @@ class Bench:
 
     @property
     def held_out(self) -> tuple[str, ...]:
-        """The classes the checkpoint was not trained on, as its card says: one list, or one for each of its datasets."""
+        """The classes the checkpoint was not trained on: its card has one list of them, or one for each dataset."""
         listed = self.predictor.net.card.get("held_out", [])
         return tuple(name for entry in listed for name in ([entry] if isinstance(entry, str) else entry))
 
@@ -195,6 +195,7 @@ def _scratch(optimizer: str, epochs: int) -> Callable[[Bench, Task], Outcome]:
             bench.preprocess,
             optimizer=optimizer,
             epochs=epochs,
+            flip=task.flip,
             seed=task.seed + task.number,
             test=(task.test.images, task.test.labels),
         )

@@ -1,4 +1,4 @@
-"""Training from scratch, the baseline every prediction is measured against: the same network, images and preprocessing."""
+"""Training from scratch, the baseline of every prediction: the same network, images and preprocessing."""
 
 from __future__ import annotations
 
@@ -94,6 +94,7 @@ def train_from_scratch(
     weight_decay: float | None = None,
     batch_size: int = 64,
     flip: bool = False,
+    shift: int = 0,
     seed: int = 0,
     test: tuple[Tensor, Tensor] | None = None,
     target_accuracy: float | None = None,
@@ -113,6 +114,7 @@ def train_from_scratch(
         optimizer: ``"adam"`` or ``"sgd"``.
         lr, weight_decay: peak learning rate and weight decay; None for tuned values.
         flip: mirror images at random.
+        shift: move images at random by up to so many pixels along both axes; edge pixels are repeated.
         test: images and labels like the training ones; gives the curve, one point an epoch.
         target_accuracy: stop as soon as the test accuracy is at least this (measured four times an epoch then).
         max_seconds: stop after this much training.
@@ -122,6 +124,7 @@ def train_from_scratch(
         InputError: an unknown optimizer, no images, labels out of range, a target without test images.
     """
     _check(images, labels, num_classes, optimizer, epochs, batch_size, test, target_accuracy)
+    _load_optimizers()
     clock = _Clock()
     generator = torch.Generator().manual_seed(seed)
     resized = preprocess.resize(images)
@@ -147,10 +150,7 @@ def train_from_scratch(
             order = torch.randperm(len(resized), generator=generator)
         start = step % steps_per_epoch * batch_size
         chosen = order[start : start + batch_size]
-        batch = resized[chosen]  # [b, H, W, 3]
-        if flip:
-            mirrored = torch.rand(len(batch), generator=generator) < 0.5
-            batch = torch.where(mirrored[:, None, None, None], batch.flip(2), batch)
+        batch = _augmented(resized[chosen], flip, shift, generator)  # [b, H, W, 3]
         for group in update.param_groups:
             group["lr"] = peak * _schedule((step + 1) / total)
         _step(model, update, _channels_last(preprocess.normalise(batch)), labels[chosen])
@@ -189,6 +189,25 @@ def native_bfloat16() -> bool:
     """Whether this processor multiplies bfloat16 in hardware; elsewhere autocast to it would slow training down."""
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(supported is not None and supported())
+
+
+def _load_optimizers() -> None:
+    """The first step of any torch optimizer imports half of torch (seconds): that is no part of training."""
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1).step()
+
+
+def _augmented(images: Tensor, flip: bool, shift: int, generator: torch.Generator) -> Tensor:
+    """Each of ``images [b, H, W, 3]`` mirrored or not, and moved."""
+    count, height, width = images.shape[:3]
+    if flip:
+        mirrored = torch.rand(count, generator=generator) < 0.5
+        images = torch.where(mirrored[:, None, None, None], images.flip(2), images)
+    if shift:
+        down, across = torch.randint(-shift, shift + 1, (2, count, 1), generator=generator)
+        rows = (torch.arange(height) + down).clamp(0, height - 1)  # [b, H]
+        columns = (torch.arange(width) + across).clamp(0, width - 1)  # [b, W]
+        images = images[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    return images
 
 
 def _step(model: nn.Module, update: torch.optim.Optimizer, x: Tensor, labels: Tensor) -> None:

@@ -18,10 +18,10 @@ DIFFERENCES = (
     ("predicted, cosine, minus Adam 5 epochs", "predicted-cosine", "adam-5"),
     ("predicted, ridge, minus random weights, ridge", "predicted-ridge", "random-ridge"),
     ("predicted, ridge, minus PCA kernels, ridge", "predicted-ridge", "pca-ridge"),
-    ("conditioning gain, predicted, ridge: own sketch minus another dataset's", "predicted-ridge", "predicted-ridge-other"),
+    ("conditioning gain (own sketch minus another's), predicted, ridge", "predicted-ridge", "predicted-ridge-other"),
     ("conditioning gain, predicted, cosine", "predicted-cosine", "predicted-cosine-other"),
     ("conditioning gain, PCA kernels, ridge", "pca-ridge", "pca-ridge-other"),
-)  # fmt: skip
+)
 CURVES = ("adam-5", "adam-20", "sgd-5", "sgd-20")
 POINTS = ("predicted-ridge", "predicted-cosine", "pca-ridge", "random-ridge")
 
@@ -61,9 +61,9 @@ def _setting(document: Mapping[str, Any]) -> list[str]:
         "- Seconds: *weights* for making the weights (sketch included), *finish* for BatchNorm calibration and head, "
         "*training* for gradient steps; *total* is everything from uint8 images in memory to the finished classifier. "
         "Means over the tasks.",
-        "- Training from scratch uses the same network, images and preprocessing, with a linear classifier; each number "
-        "of epochs has its own learning-rate schedule, tuned on classes that appear in no table.",
-    ]  # fmt: skip
+        "- Training from scratch uses the same network, images and preprocessing, with a linear classifier; each "
+        "number of epochs has its own learning-rate schedule, tuned on classes that appear in no table.",
+    ]
 
 
 def _caption(group: str, records: Sequence[Record], document: Mapping[str, Any]) -> list[str]:
@@ -202,5 +202,12 @@ def _draw_seconds(document: Mapping[str, Any]) -> Any:
 
 
 def _colour(row: str) -> str:
-    families = {"predicted": "tab:blue", "pca": "tab:green", "random": "tab:grey", "adam": "tab:red", "sgd": "tab:orange"}
-    return families.get(row.partition("-")[0], "tab:brown")
+    families = {
+        "predicted": "blue",
+        "pca": "green",
+        "random": "grey",
+        "adam": "red",
+        "sgd": "orange",
+        "pixels": "brown",
+    }
+    return "tab:" + families[row.partition("-")[0]]

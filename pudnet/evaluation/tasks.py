@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,7 +40,10 @@ class Images:
 
 @dataclass(frozen=True)
 class Task:
-    """A training part, a test part, and images of another dataset for the rows that need a foreign sketch."""
+    """A training part, a test part, and images of another dataset for the rows that need a foreign sketch.
+
+    ``flip``: whether a mirrored image keeps its class; training from scratch then mirrors at random.
+    """
 
     group: str
     number: int
@@ -48,15 +51,16 @@ class Task:
     train: Images
     test: Images
     other: Images | None = None
+    flip: bool = False
 
     @property
     def fingerprint(self) -> str:
         """Changes with any image, label or the seed: rows already computed are looked up by it."""
-        digest = hashlib.sha256(f"{self.group} {self.number} {self.seed}".encode())
+        digest = hashlib.sha256(f"{self.group} {self.number} {self.seed} {self.flip}".encode())
         for part in (self.train, self.test, self.other):
             if part is not None:
-                digest.update(part.images.contiguous().numpy())
-                digest.update(part.labels.contiguous().numpy())
+                digest.update(part.images.numpy().tobytes())
+                digest.update(part.labels.numpy().tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -138,9 +142,13 @@ def _only(images: Images, chosen: Sequence[int]) -> Images:
 
 def read(data: Path, name: str, split: str, size: int) -> Images:
     """One part of ``data/name.npz``, resized."""
-    source = open_images(data / f"{name}.npz", size=size, split=split)
-    images, labels = source.tensors()
-    return Images(images, labels, source.classes)
+    return _opened(data / f"{name}.npz", None, size, split)
+
+
+def _opened(source: Any, labels: Tensor | None, size: int, split: str = "train") -> Images:
+    opened = open_images(source, labels, size=size, split=split)
+    images, indices = opened.tensors()
+    return Images(images, indices, opened.classes)
 
 
 @lru_cache(maxsize=1)  # drawn from many times
@@ -152,12 +160,12 @@ def held_out_parts(data: Path, size: int, held_out: tuple[str, ...]) -> tuple[Im
     """
     parts = []
     for split in ("train", "test"):
-        found, offset, classes = [], 0, []
+        found: list[tuple[Tensor, Tensor]] = []
+        classes: list[str] = []
         for name in NATURAL:
             whole = read(data, name, split, size)
             half = _only(whole, [label for label, known in enumerate(whole.classes) if known in set(held_out)])
-            found.append((half.images, half.labels + offset))
-            offset += len(half.classes)
+            found.append((half.images, half.labels + len(classes)))
             classes += half.classes
         if unknown := sorted(set(held_out) - set(classes)):
             raise InputError(message("evaluation", "held_out", f"names of classes in {NATURAL}", unknown[:3]))
@@ -166,24 +174,14 @@ def held_out_parts(data: Path, size: int, held_out: tuple[str, ...]) -> tuple[Im
     return parts[0], parts[1]
 
 
-def digits(size: int) -> Images:
-    """scikit-learn's bundled digits, 1,797 grey scans of 8x8 pixels, resized."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    grey = np.round(found.images * (255 / 16)).astype(np.uint8)  # 0..16 -> 0..255
-    source = open_images(grey, found.target, size=size)
-    images, labels = source.tensors()
-    return Images(images, labels, source.classes)
-
-
 @lru_cache(maxsize=4)
 def other_images(data: Path | None, name: str, size: int, held_out: tuple[str, ...], seed: int) -> Images | None:
     """A sample of another dataset, or None where its files are missing; ``natural`` is the held-out Tiny-ImageNet."""
-    files = NATURAL if name == "natural" else (name,)
-    if data is None or not all((data / f"{file}.npz").exists() for file in files) or (files == NATURAL and not held_out):
+    natural = name == "natural"
+    files = NATURAL if natural else (name,)
+    if data is None or not all((data / f"{file}.npz").exists() for file in files) or (natural and not held_out):
         return None
-    train = held_out_parts(data, size, held_out)[0] if name == "natural" else read(data, name, "train", size)
+    train = held_out_parts(data, size, held_out)[0] if natural else read(data, name, "train", size)
     return train.take(per_class(train.labels, OTHER_IMAGES_PER_CLASS, draw(seed, "other", name)))
 
 
@@ -203,22 +201,19 @@ def unseen_classes(material: Material, number: int, seed: int) -> Task:
     chosen = torch.randperm(len(train.classes), generator=generator)[: material.ways].tolist()
     train, test = _only(train, chosen), _only(test, chosen)
     train = train.take(per_class(train.labels, TRAIN_PER_CLASS, generator))
-    return Task(name, number, seed, train, test, _other(material, name, seed))
+    return Task(name, number, seed, train, test, _other(material, name, seed), flip=True)
 
 
 def digits_task(material: Material, number: int, seed: int) -> Task:
-    """The digits, split in two halves at random, class by class."""
-    whole = digits(material.size)
-    generator = draw(seed, "digits", number)
-    half = len(whole.labels) // 2 // len(whole.classes)
-    train = per_class(whole.labels, half, generator)
-    rest = torch.ones(len(whole.labels), dtype=torch.bool)
-    rest[train] = False
-    test = torch.nonzero(rest).flatten()
-    return Task("digits", number, seed, whole.take(train), whole.take(test), _other(material, "digits", seed))
+    """scikit-learn's digits in two halves, split as the demonstration splits them."""
+    from pudnet.demo import load_digits
+
+    found = load_digits(seed + number)
+    train, test = (_opened(*part, material.size) for part in (found.train, found.test))
+    return Task("digits", number, seed, train, test, _other(material, "digits", seed))
 
 
-def dataset_task(name: str, group: str) -> Callable[[Material, int, int], Task]:
+def dataset_task(name: str, group: str, flip: bool = False) -> Callable[[Material, int, int], Task]:
     """Tasks of ``name.npz``: up to 200 training images per class, up to 2,000 test images of the test part."""
 
     def build(material: Material, number: int, seed: int) -> Task:
@@ -227,7 +222,7 @@ def dataset_task(name: str, group: str) -> Callable[[Material, int, int], Task]:
         generator = draw(seed, group, number)
         train = train.take(per_class(train.labels, DATASET_TRAIN_PER_CLASS, generator))
         test = test.take(torch.randperm(len(test.labels), generator=generator)[:DATASET_TEST])
-        return Task(group, number, seed, train, test, _other(material, group, seed))
+        return Task(group, number, seed, train, test, _other(material, group, seed), flip)
 
     return build
 
@@ -238,7 +233,9 @@ GROUPS: dict[str, Group] = {
     ),
     "digits": Group("Digits (scikit-learn)", digits_task, other="natural"),
     "mnist": Group("MNIST", dataset_task("mnist", "mnist"), ("mnist",), other="natural"),
-    "fashion": Group("Fashion-MNIST", dataset_task("fashion_mnist", "fashion"), ("fashion_mnist",), other="natural"),
+    "fashion": Group(
+        "Fashion-MNIST", dataset_task("fashion_mnist", "fashion", flip=True), ("fashion_mnist",), other="natural"
+    ),
     "omniglot": Group(
         "Omniglot, 242 characters",
         dataset_task("omniglot28_8alphabets", "omniglot"),

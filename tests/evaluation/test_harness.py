@@ -18,7 +18,8 @@ from pudnet.evaluation.tasks import GROUPS, Material, per_class, unseen_classes
 
 CLASSES = 8  # in each half
 HELD_OUT = [f"a{label}" for label in range(3)], [f"b{label}" for label in range(2, 6)]
-CHEAP = ("predicted-ridge", "predicted-cosine", "predicted-ridge-other", "random-ridge", "pca-ridge", "pixels-ridge", "adam-5")
+CHEAP = ("predicted-ridge", "predicted-cosine", "predicted-ridge-other", "random-ridge", "pca-ridge", "pixels-ridge")
+CHEAP += ("adam-5",)
 
 
 def write_npz(path: Path, prefix: str, side: int, channels: int, train: int, seed: int) -> None:
@@ -129,8 +130,9 @@ def test_command_renders_resumes_and_reports_errors(
     page, numbers = tmp_path / "docs" / "results.md", tmp_path / "bench" / "evaluation.json"
     rows = ["predicted-ridge", "adam-5", "random-ridge"]
     common = ["--data", str(data), "-o", str(page), "--json", str(numbers), "--workers", "0"]
-    command = ["--checkpoint", checkpoint, *common, "--groups", "unseen", "mnist", "--tasks", "2", "--ways", "3", "--rows"]
-    assert main([*command, *rows]) == 0
+    command = ["--checkpoint", checkpoint, *common, "--groups", "unseen", "mnist", "--tasks", "2", "--ways", "3"]
+    command += ["--rows", *rows]
+    assert main(command) == 0
     text = page.read_text()
     assert "## 3 unseen classes of Tiny-ImageNet" in text and "| Adam from scratch, 5 epochs |" in text
     assert "../bench/accuracy.svg" in text and "Left out: needs mnist.npz" in text
@@ -138,7 +140,7 @@ def test_command_renders_resumes_and_reports_errors(
     assert len(document["records"]) == 6 and document["environment"]["torch"] == torch.__version__
     for picture in ("accuracy.svg", "accuracy_seconds.svg"):
         assert (numbers.parent / picture).read_text().lstrip().startswith("<?xml")
-    assert main([*command, *rows]) == 0  # taken from the file: even the seconds are the same
+    assert main(command) == 0  # taken from the file: even the seconds are the same
     assert json.loads(numbers.read_text())["records"] == document["records"]
 
     capsys.readouterr()

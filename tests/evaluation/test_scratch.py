@@ -8,7 +8,7 @@ import torch
 from pudnet.data import Preprocess
 from pudnet.errors import InputError, ShapeError
 from pudnet.evaluation import train_from_scratch
-from pudnet.evaluation.scratch import CurvePoint, accuracy
+from pudnet.evaluation.scratch import CurvePoint, _augmented, accuracy
 from pudnet.targets.convnet import ConvNet3
 
 PREPROCESS = Preprocess(8, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -25,18 +25,18 @@ def colours(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_learns_and_follows_the_seed(optimizer: str) -> None:
-    module, train, test = ConvNet3(width=8), colours(160), colours(90, seed=1)
-    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    net, train, test = ConvNet3(width=8), colours(160), colours(90, seed=1)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     state = torch.get_rng_state()
     points: list[CurvePoint] = []
     results = [
         train_from_scratch(
-            module, *train, 3, PREPROCESS, optimizer=optimizer, epochs=6, test=test, batch_size=16, progress=points.append
+            net, *train, 3, PREPROCESS, optimizer=optimizer, epochs=6, batch_size=16, test=test, progress=points.append
         )
         for _ in range(2)
     ]
     assert torch.equal(state, torch.get_rng_state())
-    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     first, second = results
     assert first.curve[-1].top1 > 0.95
     assert [point.epoch for point in first.curve] == [1, 2, 3, 4, 5, 6]
@@ -58,6 +58,21 @@ def test_stops_at_the_target_and_at_the_time_limit() -> None:
     assert never.reached is False and never.epochs == 2
     timed = train_from_scratch(module, *train, 3, PREPROCESS, epochs=100_000, max_seconds=0.2)
     assert timed.epochs < 100_000 and timed.reached is None and timed.curve == ()
+
+
+def test_augmentation_mirrors_and_moves_each_image_by_itself() -> None:
+    one = torch.arange(6 * 6 * 3, dtype=torch.uint8).view(1, 6, 6, 3)
+    images = one.expand(60, -1, -1, -1)
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(_augmented(images, False, 0, generator), images)
+    flipped = _augmented(images, True, 0, generator)
+    assert {bool(torch.equal(image, one[0])) for image in flipped} == {True, False}
+    assert all(torch.equal(image, one[0]) or torch.equal(image, one[0].flip(1)) for image in flipped)
+    moved = _augmented(images, False, 1, generator)
+    places = {(dy, dx): one[0, 1 + dy : 5 + dy, 1 + dx : 5 + dx] for dy in (-1, 0, 1) for dx in (-1, 0, 1)}
+    found = [[place for place, part in places.items() if torch.equal(image[1:5, 1:5], part)] for image in moved]
+    assert all(len(place) == 1 for place in found)
+    assert len({place[0] for place in found}) == 9
 
 
 def test_fewer_images_than_a_batch() -> None:
