@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pudnet._version import __version__
@@ -30,7 +31,10 @@ def save(path: str | os.PathLike[str], kind: str, config: Mapping[str, Any], ten
     from safetensors.torch import save_file
 
     header = {"format": FORMAT_VERSION, "kind": kind, "version": __version__, "config": dict(config)}
-    copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Copies, as safetensors refuses tensors that share memory: tied parameters, views.
+    copies = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
     with atomic_path(path) as temporary:
         save_file(copies, temporary, metadata={HEADER_KEY: json.dumps(header)})
 
