@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from pudnet.errors import InputError, ShapeError, message
 
@@ -72,14 +73,19 @@ class WeightLayout:
         A weight held by two modules is generated once; its other names are its ``aliases``.
 
         Raises:
-            InputError: ``module`` has no 2-D convolution.
+            InputError: ``module`` has no 2-D convolution, or one whose kernel is not a parameter of known shape.
         """
+        where = "WeightLayout.from_module"
         entries: list[GeneratedWeight] = []
         names: dict[int, list[str]] = {}
         found: list[nn.Conv2d | nn.ConvTranspose2d] = []
         for prefix, child in module.named_modules():
             if isinstance(child, GENERATED_MODULES) and child.weight is not None:
                 name = f"{prefix}.weight" if prefix else "weight"
+                if "weight" not in child._parameters or isinstance(child.weight, UninitializedParameter):
+                    hint = "Remove the parametrization, or run a lazy module once."
+                    rule = "a module whose convolution kernels are plain parameters"
+                    raise InputError(message(where, "module", rule, f"another kind at {name!r}", hint))
                 if id(child.weight) not in names:
                     found.append(child)
                 names.setdefault(id(child.weight), []).append(name)
@@ -87,12 +93,12 @@ class WeightLayout:
         for child in found:
             d0, d1, kh, kw = child.weight.shape
             name, *aliases = names[id(child.weight)]
-            inputs = d0 if isinstance(child, nn.ConvTranspose2d) else d1
+            inputs = d0 // child.groups if isinstance(child, nn.ConvTranspose2d) else d1
             entries.append(GeneratedWeight(name, (d0, d1, kh, kw), offset, inputs * kh * kw, tuple(aliases)))
             offset += child.weight.numel()
         if not entries:
             rule = "a module with at least one Conv2d or ConvTranspose2d"
-            raise InputError(message("WeightLayout.from_module", "module", rule, type(module).__name__))
+            raise InputError(message(where, "module", rule, type(module).__name__))
         return cls(tuple(entries))
 
     def views(self, flat: Tensor) -> dict[str, Tensor]:
