@@ -57,6 +57,19 @@ class PudNetConfig:
     mean: tuple[float, float, float] = MEAN
     std: tuple[float, float, float] = STD
 
+    def __post_init__(self) -> None:
+        for name in ("image_size", "sketch_size", "layers", "width", "generator_width"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(message("PudNet", name, "an integer of at least 1", repr(value)))
+        if not isinstance(self.alpha, (int, float)) or not 0 <= self.alpha <= 1:
+            raise InputError(message("PudNet", "alpha", "a number from 0 to 1", repr(self.alpha)))
+        usual = Preprocess(
+            self.image_size, self.mean, self.std
+        )  # checks them, and makes tuples of a checkpoint's lists
+        object.__setattr__(self, "mean", usual.mean)
+        object.__setattr__(self, "std", usual.std)
+
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -102,14 +115,16 @@ class PudNet(nn.Module):
             if isinstance(target, str):
                 module, usual_size = build_target(target)
                 image_size = image_size or usual_size
-            else:
+            elif isinstance(target, nn.Module):
                 module = target
+            else:
+                raise InputError(message("PudNet", "target", "a name or an nn.Module", repr(target)))
             if image_size is None:
                 raise InputError(message("PudNet", "image_size", "given for a target that is a module", None))
             settings = {"sketch_size": min(image_size, LARGEST_SKETCH_SIDE), **PRESETS[preset], **options}
             config = PudNetConfig(image_size=image_size, **settings)
             self.config = config
-            self.preprocess = Preprocess(config.image_size, tuple(config.mean), tuple(config.std))
+            self.preprocess = Preprocess(config.image_size, config.mean, config.std)
             self.layout = WeightLayout.from_module(module)
             self.embedding = DatasetEmbedding(config.sketch_size, config.layers, config.width, config.embedding_norm)
             self.recurrence = LayerRecurrence(
@@ -128,7 +143,7 @@ class PudNet(nn.Module):
         Before training a layer's codes are nearly the same for every dataset, one draw each: scaled for standard-normal
         codes, some layers would start at a twentieth of the variance they should have.
         """
-        sketches, side = [4] * 32, self.config.sketch_size
+        sketches, side = [4] * 64, self.config.sketch_size
         noise = torch.randn(sum(sketches), 3, side, side)
         embedding = copy.deepcopy(self.embedding)(noise, sketches)  # a copy: BatchNorm would remember the noise
         self.generators.scale_to_fan_in(self.recurrence(embedding))
