@@ -126,7 +126,7 @@ def _build(found: Mapping[str, Tensor], alpha: float) -> PudNet:
         return max((int(match[1]) for name in found if (match := re.fullmatch(pattern, name))), default=0)
 
     unet_width = shape("unet_enc.0.bn.norm.weight", 1)[0]
-    unet_depth = last(r"unet_enc\.(\d+)\.bn\.norm\.weight") // 2
+    unet_depth = last(r"unet_(?:enc|dec)\.(\d+)\.bn\.norm\.weight") // 2
     bottom = shape(f"unet_enc.{2 * unet_depth}.bn.norm.weight", 1)[0]
     layers = last(r"ahru\.rnn\.weight_ih_l(\d+)") + 1
     width = shape("ahru.rnn.weight_ih_l0", 2)[1]
