@@ -78,6 +78,14 @@ def test_every_row_of_every_task_and_nothing_twice(settings: harness.Settings) -
     assert [record["top1"] for record in again] == [record["top1"] for record in records]
 
 
+def test_another_process_computes_the_same(settings: harness.Settings) -> None:
+    from dataclasses import replace
+
+    small = replace(settings, groups=("fashion",), rows=("random-cosine", "pixels-ridge"))
+    here, there = (harness.run(small, workers=workers)[0] for workers in (0, 1))
+    assert [(r["row"], r["top1"], r["key"]) for r in there] == [(r["row"], r["top1"], r["key"]) for r in here]
+
+
 def test_tasks_are_of_held_out_classes_and_parts_do_not_mix(data: Path) -> None:
     names = tuple(HELD_OUT[0] + HELD_OUT[1])
     material = Material(data, 12, names, ways=3)
