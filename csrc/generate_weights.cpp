@@ -32,6 +32,7 @@ struct TileRun {
   std::int64_t first_row, tiles;
   const float* features;  // [B, K, S] of the layer
   void* out;              // the layer's place in the first dataset's row
+  const char* upcoming;  // the rows that will be packed next, or null: fetched meanwhile, so that memory never rests
   std::int64_t out_stride;
   bool out_bfloat16, stream;
 };
@@ -140,6 +141,7 @@ void generate_share(const GenerateWeights& args, const Kernels& kernels, const s
           kernels.pack_tile(bias_rows, args.format.bfloat16, count, 1, bias + j * kTileRows);
         }
         run.bfloat16 = false;
+        run.upcoming = static_cast<const char*>(args.row_weight) + (places[t].row + run.first_row + kRunTiles * kTileRows) * k * row_bytes;
         run.weight = scratch;
         run.bias = bias;
       }

@@ -125,58 +125,73 @@ inline void each_feature(const std::uint16_t* tile, std::int64_t features, Visit
 
 // N kernel positions of kLanes rows, from position `s` on: sums[n] = bias + sum over k of weight[k] * feature[k][s + n].
 template <int N, typename Weight>
-inline void block(const Weight* tile, const Weight* bias, const float* feature, std::int64_t features,
-                  std::int64_t spatial, Floats* sums) {
-  Floats local[N];
+inline __attribute__((always_inline)) void block(const Weight* tile, const Weight* bias, const float* feature,
+                                                 std::int64_t features, std::int64_t spatial, Floats* sums) {
+  Floats local[N];  // not `sums` itself: these stay in registers
   for (int n = 0; n < N; ++n) local[n] = load(bias);
-  each_feature(tile, features, [&](std::int64_t k, Floats weight) __attribute__((always_inline)) {
+  const auto add = [&](std::int64_t k, Floats weight) __attribute__((always_inline)) {
     for (int n = 0; n < N; ++n) local[n] += weight * feature[k * spatial + n];
-  });
+  };
+  each_feature(tile, features, add);
   for (int n = 0; n < N; ++n) sums[n] = local[n];
 }
 
-// The rows of a tile are first_row .. first_row + count - 1 of their layer.
-template <bool kStream, int N, typename Weight, typename Out>
+enum class Put { kScatter, kStore, kStream };
+
+// Where the 16 rows of a tile go. Unless scattered they are neighbours: row r at position s is to[s * inputs + r].
+template <typename Out>
+struct Target {
+  Out* to;
+  std::int64_t inputs, spatial;  // I and S
+  Out* layer;                    // for scattered rows
+  std::int64_t first_row, count;
+};
+
+template <Put kPut, int N, typename Weight, typename Out>
 inline void tile_block(const Weight* tile, const Weight* bias, const float* feature, std::int64_t features,
-                       const LayerShape& shape, std::int64_t first_row, std::int64_t count, std::int64_t s, Out* out) {
+                       const Target<Out> target, std::int64_t s) {
   for (int part = 0; part < kParts; ++part) {
     Floats sums[N];
     const int lane = part * kLanes;
-    block<N>(tile + lane * (sizeof(Weight) == 2 ? 2 : 1), bias + lane, feature + s, features, shape.spatial, sums);
-    if (shape.i % kTileRows == 0) {  // then 16 rows are 16 neighbours in memory
-      const std::int64_t row = first_row + lane;
-      Out* to = out + (row / shape.i) * shape.spatial * shape.i + s * shape.i + row % shape.i;
-      for (int n = 0; n < N; ++n) {
-        if (kStream) {
-          stream(to + n * shape.i, sums[n]);
+    const Weight* weights = tile + lane * (sizeof(Weight) == 2 ? 2 : 1);
+    if (N == kBlock && features == 16 && target.spatial == N) {  // the usual case, with constant sizes
+      block<N>(weights, bias + lane, feature, 16, N, sums);
+    } else {
+      block<N>(weights, bias + lane, feature + s, features, target.spatial, sums);
+    }
+    if (kPut != Put::kScatter) {
+      Out* to = target.to + s * target.inputs + lane;
+      for (int n = 0; n < N; ++n, to += target.inputs) {
+        if (kPut == Put::kStream) {
+          stream(to, sums[n]);
         } else {
-          store(to + n * shape.i, sums[n]);
+          store(to, sums[n]);
         }
       }
       continue;
     }
     Out values[N][kLanes];
     for (int n = 0; n < N; ++n) store(values[n], sums[n]);
-    for (int j = 0; j < kLanes && lane + j < count; ++j) {
-      const std::int64_t row = first_row + lane + j;
-      Out* to = out + (row / shape.i) * shape.spatial * shape.i + s * shape.i + row % shape.i;
-      for (int n = 0; n < N; ++n) to[n * shape.i] = values[n][j];
+    for (int j = 0; j < kLanes && lane + j < target.count; ++j) {
+      const std::int64_t row = target.first_row + lane + j, o = row / target.inputs, i = row % target.inputs;
+      Out* to = target.layer + (o * target.spatial + s) * target.inputs + i;
+      for (int n = 0; n < N; ++n) to[n * target.inputs] = values[n][j];
     }
   }
 }
 
-template <bool kStream, typename Weight, typename Out>
+template <Put kPut, typename Weight, typename Out>
 inline void tile_weights(const Weight* tile, const Weight* bias, const float* feature, std::int64_t features,
-                         const LayerShape& shape, std::int64_t first_row, std::int64_t count, Out* out) {
+                         const Target<Out> target) {
   std::int64_t s = 0;
-  for (; s + kBlock <= shape.spatial; s += kBlock) {
-    tile_block<kStream, kBlock>(tile, bias, feature, features, shape, first_row, count, s, out);
+  for (; s + kBlock <= target.spatial; s += kBlock) {
+    tile_block<kPut, kBlock>(tile, bias, feature, features, target, s);
   }
-#define PUDNET_REST(N)                                                                               \
-  case N:                                                                                            \
-    tile_block<kStream, N>(tile, bias, feature, features, shape, first_row, count, s, out);          \
+#define PUDNET_REST(N)                                                   \
+  case N:                                                                \
+    tile_block<kPut, N>(tile, bias, feature, features, target, s); \
     break;
-  switch (shape.spatial - s) {
+  switch (target.spatial - s) {
     PUDNET_REST(1) PUDNET_REST(2) PUDNET_REST(3) PUDNET_REST(4) PUDNET_REST(5) PUDNET_REST(6) PUDNET_REST(7)
     PUDNET_REST(8)
   }
@@ -186,20 +201,37 @@ inline void tile_weights(const Weight* tile, const Weight* bias, const float* fe
 // A few neighbouring tiles of one layer, for every dataset: the weights are read from memory once and stay in the cache.
 template <typename Weight, typename Out>
 void tiles_typed(const TileRun& run, std::int64_t batch, std::int64_t features) {
+  const std::int64_t upcoming_bytes = kTileRows * features * static_cast<std::int64_t>(sizeof(float));
   const std::int64_t tile_size = (sizeof(Weight) == 2 ? (features + 1) / 2 * 2 : features) * kTileRows;
+  const std::int64_t inputs = run.shape.i, spatial = run.shape.spatial, rows = run.shape.o * inputs;
   for (std::int64_t b = 0; b < batch; ++b) {
-    const float* feature = run.features + b * features * run.shape.spatial;
+    const float* feature = run.features + b * features * spatial;
     Out* out = static_cast<Out*>(run.out) + b * run.out_stride;
     const bool aligned = reinterpret_cast<std::uintptr_t>(out) % (sizeof(Out) * kLanes) == 0;
+    std::int64_t o = run.first_row / inputs, i = run.first_row % inputs;
     for (std::int64_t t = 0; t < run.tiles; ++t) {
       const Weight* tile = static_cast<const Weight*>(run.weight) + t * tile_size;
       const Weight* bias = static_cast<const Weight*>(run.bias) + t * kTileRows;
-      const std::int64_t row = run.first_row + t * kTileRows, rows = run.shape.o * run.shape.i;
-      const std::int64_t count = rows - row < kTileRows ? rows - row : kTileRows;
+      const std::int64_t row = run.first_row + t * kTileRows;
+      if (b == 0 && run.upcoming != nullptr) {
+        const char* rows_ahead = run.upcoming + t * upcoming_bytes;
+        for (std::int64_t at = 0; at < upcoming_bytes; at += 64) __builtin_prefetch(rows_ahead + at, 0, 2);
+      }
+      const Target<Out> target{out + o * spatial * inputs + i, inputs, spatial, out, row,
+                               rows - row < kTileRows ? rows - row : kTileRows};
+      if (inputs % kTileRows != 0) {
+        tile_weights<Put::kScatter>(tile, bias, feature, features, target);
+        continue;
+      }
       if (run.stream && aligned) {
-        tile_weights<true>(tile, bias, feature, features, run.shape, row, count, out);
+        tile_weights<Put::kStream>(tile, bias, feature, features, target);
       } else {
-        tile_weights<false>(tile, bias, feature, features, run.shape, row, count, out);
+        tile_weights<Put::kStore>(tile, bias, feature, features, target);
+      }
+      i += kTileRows;
+      if (i == inputs) {
+        i = 0;
+        ++o;
       }
     }
   }
@@ -218,30 +250,8 @@ void tiles(const TileRun& run, std::int64_t batch, std::int64_t features) {
 #endif
 }
 
-// A float32 tile [K][16] from `count` row-major rows.
-void pack_tile(const void* rows, bool bfloat16, std::int64_t count, std::int64_t features, float* __restrict__ tile) {
-  if (!bfloat16 && count == kTileRows && features % 4 == 0) {
-    // 4 x 4 blocks: transposed in registers, so that neither side is walked element by element.
-    typedef float Four __attribute__((vector_size(16)));
-    typedef float LooseFour __attribute__((vector_size(16), aligned(4), may_alias));
-    const float* from = static_cast<const float*>(rows);
-    for (std::int64_t k = 0; k < features; k += 4) {
-      for (int j = 0; j < kTileRows; j += 4) {
-        const Four a = *reinterpret_cast<const LooseFour*>(from + (j + 0) * features + k);
-        const Four b = *reinterpret_cast<const LooseFour*>(from + (j + 1) * features + k);
-        const Four c = *reinterpret_cast<const LooseFour*>(from + (j + 2) * features + k);
-        const Four d = *reinterpret_cast<const LooseFour*>(from + (j + 3) * features + k);
-        const Four ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-        const Four cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-        float* to = tile + k * kTileRows + j;
-        *reinterpret_cast<LooseFour*>(to) = __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5);
-        *reinterpret_cast<LooseFour*>(to + kTileRows) = __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7);
-        *reinterpret_cast<LooseFour*>(to + 2 * kTileRows) = __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5);
-        *reinterpret_cast<LooseFour*>(to + 3 * kTileRows) = __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7);
-      }
-    }
-    return;
-  }
+// A float32 tile [K][16] from `count` row-major rows, element by element.
+void pack_any(const void* rows, bool bfloat16, std::int64_t count, std::int64_t features, float* __restrict__ tile) {
   for (int j = 0; j < kTileRows; ++j) {
     for (std::int64_t k = 0; k < features; ++k) {
       float value = 0.0f;
@@ -252,6 +262,50 @@ void pack_tile(const void* rows, bool bfloat16, std::int64_t count, std::int64_t
       tile[k * kTileRows + j] = value;
     }
   }
+}
+
+#if PUDNET_LANES == 16
+// Four features of 16 rows, transposed in registers: those of rows j, j + 4, j + 8, j + 12 are put side by side while
+// loading, then 4 x 4 blocks turn inside the quarters of the registers. `from` is at the first row.
+inline void pack_four(const float* from, std::int64_t stride, float* tile) {
+  __m512 rows[4];
+  for (int j = 0; j < 4; ++j) {
+    rows[j] = _mm512_castps128_ps512(_mm_loadu_ps(from + j * stride));
+    rows[j] = _mm512_mask_broadcast_f32x4(rows[j], 0x00f0, _mm_loadu_ps(from + (j + 4) * stride));
+    rows[j] = _mm512_mask_broadcast_f32x4(rows[j], 0x0f00, _mm_loadu_ps(from + (j + 8) * stride));
+    rows[j] = _mm512_mask_broadcast_f32x4(rows[j], 0xf000, _mm_loadu_ps(from + (j + 12) * stride));
+  }
+  typedef double Doubles __attribute__((vector_size(64)));
+#define PUDNET_LOW(a, b) \
+  reinterpret_cast<Doubles>(__builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29))
+#define PUDNET_HIGH(a, b) \
+  reinterpret_cast<Doubles>(__builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31))
+  const Doubles low01 = PUDNET_LOW(rows[0], rows[1]), low23 = PUDNET_LOW(rows[2], rows[3]);
+  const Doubles high01 = PUDNET_HIGH(rows[0], rows[1]), high23 = PUDNET_HIGH(rows[2], rows[3]);
+#undef PUDNET_LOW
+#undef PUDNET_HIGH
+  // A quarter now holds rows 4q .. 4q + 3 of one feature: the tile's order.
+  store(tile, reinterpret_cast<Floats>(__builtin_shufflevector(low01, low23, 0, 8, 2, 10, 4, 12, 6, 14)));
+  store(tile + kTileRows, reinterpret_cast<Floats>(__builtin_shufflevector(low01, low23, 1, 9, 3, 11, 5, 13, 7, 15)));
+  store(tile + 2 * kTileRows, reinterpret_cast<Floats>(__builtin_shufflevector(high01, high23, 0, 8, 2, 10, 4, 12, 6, 14)));
+  store(tile + 3 * kTileRows, reinterpret_cast<Floats>(__builtin_shufflevector(high01, high23, 1, 9, 3, 11, 5, 13, 7, 15)));
+}
+#endif
+
+void pack_tile(const void* rows, bool bfloat16, std::int64_t count, std::int64_t features, float* __restrict__ tile) {
+  if (bfloat16 || count < kTileRows) return pack_any(rows, bfloat16, count, features, tile);
+  const float* from = static_cast<const float*>(rows);
+  if (features == 1) {
+    std::memcpy(tile, from, kTileRows * sizeof(float));
+    return;
+  }
+#if PUDNET_LANES == 16
+  if (features % 4 == 0) {
+    for (std::int64_t k = 0; k < features; k += 4) pack_four(from + k, features, tile + k * kTileRows);
+    return;
+  }
+#endif
+  pack_any(rows, false, count, features, tile);
 }
 
 constexpr Kernels kKernels = {&layer_features, &tiles, &pack_tile};

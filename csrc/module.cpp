@@ -12,6 +12,7 @@
 
 #include "dataset_stats.h"
 #include "device.h"
+#include "generate_weights.h"
 
 namespace py = pybind11;
 
@@ -107,6 +108,17 @@ ClassStats class_arguments(std::uintptr_t features, std::uintptr_t labels, std::
   return args;
 }
 
+std::vector<pudnet::LayerShape> layer_shapes(const std::vector<std::int64_t>& shapes) {
+  if (shapes.empty() || shapes.size() % 4 != 0) refuse("shapes must have four sizes for every layer.");
+  std::vector<pudnet::LayerShape> layers;
+  for (std::size_t at = 0; at < shapes.size(); at += 4) {
+    for (int j = 0; j < 4; ++j) require_size(shapes[at + j], 1, "shapes");
+    elements({shapes[at], shapes[at + 1], shapes[at + 2], shapes[at + 3]});
+    layers.push_back({shapes[at], shapes[at + 1], shapes[at + 2] * shapes[at + 3]});
+  }
+  return layers;
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = PUDNET_VERSION;
@@ -164,6 +176,58 @@ PYBIND11_MODULE(_C, m) {
             class_arguments(features, labels, n, width, row_stride, classes, counts, means, variances), threads);
       },
       py::kw_only(), CLASS_PARAMETERS, py::arg("threads"), release());
+  m.def(
+      "generate_weights_cpu",
+      [](address codes, int64_t batch, int64_t width, int64_t hidden, const std::vector<int64_t>& shapes,
+         address fc_weight, address fc_bias, address mix_weight, address mix_bias, address row_weight, address row_bias,
+         bool packed, bool bfloat16, address out, bool out_bfloat16, int threads, const std::string& instruction_set) {
+        require_size(batch, 0, "batch");
+        require_size(width, 1, "width");
+        require_size(hidden, 1, "hidden");
+        pudnet::GenerateWeights args{};
+        args.layers = layer_shapes(shapes);
+        int64_t size = 0;
+        for (const auto& shape : args.layers) size += shape.o * shape.i * shape.spatial;
+        const int64_t layers = static_cast<int64_t>(args.layers.size()), all = elements({batch, size});
+        args.codes = pointer<const float>(codes, elements({batch, layers, width}), "codes");
+        args.batch = batch;
+        args.width = width;
+        args.hidden = hidden;
+        args.fc_weight = pointer<const float>(fc_weight, 1, "fc_weight");
+        args.fc_bias = pointer<const float>(fc_bias, 1, "fc_bias");
+        args.mix_weight = pointer<const float>(mix_weight, 1, "mix_weight");
+        args.mix_bias = pointer<const float>(mix_bias, 1, "mix_bias");
+        args.format = {packed, bfloat16};
+        const auto rows = [&](address from, const char* name) -> const void* {
+          if (bfloat16) return pointer<const std::uint16_t>(from, 1, name);
+          return pointer<const float>(from, 1, name);
+        };
+        args.row_weight = rows(row_weight, "row_weight");
+        args.row_bias = rows(row_bias, "row_bias");
+        args.out_bfloat16 = out_bfloat16;
+        if (out_bfloat16) {
+          args.out = pointer<std::uint16_t>(out, all, "out");
+        } else {
+          args.out = pointer<float>(out, all, "out");
+        }
+        pudnet::generate_weights_cpu(args, threads, instruction_set);
+      },
+      py::kw_only(), py::arg("codes"), py::arg("batch"), py::arg("width"), py::arg("hidden"), py::arg("shapes"),
+      py::arg("fc_weight"), py::arg("fc_bias"), py::arg("mix_weight"), py::arg("mix_bias"), py::arg("row_weight"),
+      py::arg("row_bias"), py::arg("packed"), py::arg("bfloat16"), py::arg("out"), py::arg("out_bfloat16"),
+      py::arg("threads"), py::arg("instruction_set"), release());
+  m.def(
+      "pack_rows_cpu",
+      [](address row_weight, address row_bias, int64_t features, const std::vector<int64_t>& shapes, bool bfloat16,
+         address packed_weight, address packed_bias) {
+        require_size(features, 1, "features");
+        pudnet::pack_rows_cpu(pointer<const float>(row_weight, 1, "row_weight"),
+                              pointer<const float>(row_bias, 1, "row_bias"), features, layer_shapes(shapes), bfloat16,
+                              pointer<std::uint16_t>(packed_weight, 1, "packed_weight"),
+                              pointer<std::uint16_t>(packed_bias, 1, "packed_bias"));
+      },
+      py::kw_only(), py::arg("row_weight"), py::arg("row_bias"), py::arg("features"), py::arg("shapes"),
+      py::arg("bfloat16"), py::arg("packed_weight"), py::arg("packed_bias"), release());
 
 #ifdef PUDNET_WITH_CUDA
   m.def("cuda_driver_version", &pudnet::cuda_driver_version);
