@@ -57,7 +57,10 @@ void class_stats_cuda(const ClassStats& args, void* workspace, int device, void*
 #endif
 
 // Mean and variance of `count` values in 0..255, scaled to 0..1, from their exact integer sums. The variance is exact up
-// to its last division: count * squares - sum^2 is formed in 128 bits, where nothing cancels.
+// to its last division: count * squares - sum^2 is formed in whole numbers, where nothing is lost. Up to kNarrowCount
+// values 64 bits hold it.
+constexpr std::int64_t kNarrowCount = 16000000;
+
 PUDNET_BOTH inline void moments_of_bytes(std::int64_t count, std::uint64_t sum, std::uint64_t squares, float* mean,
                                          float* variance) {
   if (count == 0) {
