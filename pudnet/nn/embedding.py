@@ -57,5 +57,5 @@ class DatasetEmbedding(nn.Module):
             ``[B, G, D]``, the initial state H_0 of the recurrence.
         """
         features = self.image_features(images)
-        means = torch.stack([part.mean(dim=0) for part in features.split(counts)])  # [B, G * D]
+        means = torch.stack([part.mean(dim=0) for part in torch.split(features, counts)])  # [B, G * D]
         return means.view(len(counts), self.layers, self.width)

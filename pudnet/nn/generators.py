@@ -54,8 +54,9 @@ class WeightGenerators(nn.Module):
             torch.zeros(inner * len(entries)),
             [size for entry in entries for size in (inner, 1, *entry.shape[2:])],
         )
-        parts = features.split([inner * entry.spatial for entry in entries], dim=1)
-        for rows, part, entry in zip(self.row_weight.split([e.rows for e in entries]), parts, entries, strict=True):
+        parts = torch.split(features, [inner * entry.spatial for entry in entries], dim=1)
+        row_parts = torch.split(self.row_weight, [entry.rows for entry in entries])
+        for rows, part, entry in zip(row_parts, parts, entries, strict=True):
             feature = part.view(len(codes), inner, entry.spatial)
             moment = torch.einsum("nck,ndk->cd", feature, feature) / (len(codes) * entry.spatial)  # [2h, 2h]
             power = ((rows @ moment) * rows).sum(dim=1).mean()
