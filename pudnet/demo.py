@@ -95,13 +95,14 @@ def run(
         source = open_images(*digits.train, size=preprocess.size)
         sketch = predictor.sketch(*digits.train, seed=seed)
         # The weights are about to be drawn anew: which ones fill the module until then does not matter.
-        architecture = predictor.net.materialise(predictor.net.generate(sketch))
-        drawn = finish(random_weights(architecture, seed), source, sketch, preprocess, head=head, seed=seed)
+        architecture = predictor.net.materialise(predictor.net.generate(sketch)).cpu()
+        network = random_weights(architecture, seed).to(predictor.device)
+        drawn = finish(network, source, sketch, preprocess, head=head, seed=seed)
         seconds = time.perf_counter() - start
         random = {"top1": drawn.evaluate(*digits.test)["top1"], "seconds": seconds}
 
         result = train_from_scratch(
-            architecture.cpu(),
+            architecture,
             *digits.train,
             len(model.classes),
             preprocess,
