@@ -1,0 +1,6 @@
+"""Networks as graphs: capture from any module, the space of random architectures, drawings."""
+
+from pudnet.graphs.graph import PRIMITIVES, ArchGraph, GraphNode, GraphParameter
+from pudnet.graphs.tracing import trace
+
+__all__ = ["PRIMITIVES", "ArchGraph", "GraphNode", "GraphParameter", "trace"]
