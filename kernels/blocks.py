@@ -43,6 +43,6 @@ def tanh(x):
 
 
 def ready(x: Tensor) -> Tensor:
-    """``x`` contiguous and on a 16-byte boundary, as every kernel is compiled to expect; a copy only where it is not."""
+    """``x`` contiguous and on a 16-byte boundary, as the kernels are compiled to expect; copied only if it is not."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)

@@ -2,19 +2,20 @@
 
 Forward. ``generate_features_fwd_kernel``: one program per kernel position of each layer turns the codes into features
 ``[B, N, C]`` (N positions of all layers together, C = 2h). ``generate_rows_fwd_kernel``, the bulk of the work: one
-program per tile of BM generator rows reads its rows once, keeps them in registers, and loops over all (dataset, position)
-pairs in blocks of 16. A row is one (output channel, input channel) pair, so that neighbouring rows are neighbours in the
-channels-last output ``[O, kH, kW, I]`` and stores are 16 bytes wide. That needs I, the layer's offset and P to be
-multiples of the store width; they are kept in the table divided by it, so that the compiler can see it. Layers where it
-does not hold take the other branch of the same launch.
+program per tile of BM generator rows reads its rows once, keeps them in registers, and loops over all (dataset,
+position) pairs in blocks of 16. A row is one (output channel, input channel) pair, so that neighbouring rows are
+neighbours in the channels-last output ``[O, kH, kW, I]`` and stores are 16 bytes wide. That needs I, the layer's offset
+and P to be multiples of the store width; they are kept in the table divided by it, so that the compiler can see it.
+Layers where it does not hold take the other branch of the same launch.
 
 Backward. Everything that is summed over rows or datasets has one place that sums it, in a fixed order:
 ``generate_rows_bwd_kernel`` owns a tile of rows and writes each tile's share of the feature gradient,
 ``generate_shares_bwd_kernel`` adds the shares, ``generate_features_bwd_kernel`` owns one position and
 ``generate_codes_bwd_kernel`` one (layer, dataset).
 
-Sums are float32 whatever the dtypes. A float32 product is 3xTF32, exact to float32 rounding. Where the rows are bfloat16
-the float32 features are split into two bfloat16 parts, so that the only rounding is that of the stored parameters.
+Sums are float32 whatever the dtypes. A float32 product is 3xTF32, exact to float32 rounding. Where the rows are
+bfloat16 the float32 features are split into two bfloat16 parts, so that hardly anything is rounded but the stored
+parameters.
 """
 
 from __future__ import annotations
@@ -164,7 +165,8 @@ def generate_rows_fwd_kernel(
 
 @triton.jit
 def _rows_bwd(
-    p_d_out, p_features, p_row_weight, p_table, p_shares, p_d_row_weight, p_d_row_bias, i_tile, batch, positions, out_stride,
+    p_d_out, p_features, p_row_weight, p_table, p_shares, p_d_row_weight, p_d_row_bias,
+    i_tile, batch, positions, out_stride,
     C: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, VECTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -217,13 +219,13 @@ def generate_rows_bwd_kernel(
     i_tile = tl.program_id(0)
     if tl.load(p_table + i_tile * 9 + 7) != 0:
         _rows_bwd(
-            p_d_out, p_features, p_row_weight, p_table, p_shares, p_d_row_weight, p_d_row_bias, i_tile, batch, positions,
-            wide_stride, C, BC, BM, BP, VECTOR, PRECISION,
+            p_d_out, p_features, p_row_weight, p_table, p_shares, p_d_row_weight, p_d_row_bias,
+            i_tile, batch, positions, wide_stride, C, BC, BM, BP, VECTOR, PRECISION,
         )  # fmt: skip
     else:
         _rows_bwd(
-            p_d_out, p_features, p_row_weight, p_table, p_shares, p_d_row_weight, p_d_row_bias, i_tile, batch, positions,
-            out_stride, C, BC, BM, BP, 1, PRECISION,
+            p_d_out, p_features, p_row_weight, p_table, p_shares, p_d_row_weight, p_d_row_bias,
+            i_tile, batch, positions, out_stride, C, BC, BM, BP, 1, PRECISION,
         )  # fmt: skip
 
 
@@ -404,14 +406,14 @@ def tables(shapes: tuple[int, ...], hidden: int, vector: int, device: torch.devi
     )
 
 
-def why_not(width: int, hidden: int, dtypes: tuple[torch.dtype, ...]) -> list[str]:
+def why_not(width: int, hidden: int, dtypes: tuple[str, ...]) -> list[str]:
     """Reasons not to run generators of D = ``width`` and h = ``hidden`` with tensors of these dtypes."""
     reasons = []
     if width > 1024:
         reasons.append(f"the Triton kernel takes codes of at most 1024 numbers; these have {width}")
     if hidden > 32:
         reasons.append(f"the Triton kernel takes generators at most 32 wide; this one is {hidden} wide")
-    other = sorted({str(dtype) for dtype in dtypes} - {"torch.float32", "torch.bfloat16"})
+    other = sorted(set(dtypes) - {"torch.float32", "torch.bfloat16"})
     if other:
         reasons.append(f"the Triton kernel takes float32 and bfloat16; got {', '.join(other)}")
     return reasons
@@ -422,7 +424,8 @@ def sizes(width: int, hidden: int) -> tuple[dict[str, int], dict[str, int]]:
     channels = triton.next_power_of_2(2 * hidden)
     features = {"D": width, "H": hidden, "BD": triton.next_power_of_2(width), "BH": triton.next_power_of_2(hidden)}
     features["BC"] = channels
-    rows = {"C": 2 * hidden, "BC": max(channels, 16), "BM": ROWS_PER_TILE, "BP": PAIRS_PER_BLOCK}  # tl.dot wants K >= 16
+    # tl.dot wants at least 16 channels.
+    rows = {"C": 2 * hidden, "BC": max(channels, 16), "BM": ROWS_PER_TILE, "BP": PAIRS_PER_BLOCK}
     return features, rows
 
 
@@ -518,7 +521,8 @@ def launch_generate_weights_bwd(
     d_row_bias = torch.empty_like(row_bias, memory_format=torch.contiguous_format)
     generate_rows_bwd_kernel[(len(table.tiles),)](
         d_out, features, ready(row_weight), table.tiles, shares, d_row_weight, d_row_bias, batch, positions, table.size,
-        table.size // vector, **row_sizes, VECTOR=vector, PRECISION="tf32" if tf32 else "tf32x3", num_warps=ROWS_BWD_WARPS,
+        table.size // vector, **row_sizes, VECTOR=vector, PRECISION="tf32" if tf32 else "tf32x3",
+        num_warps=ROWS_BWD_WARPS,
     )  # fmt: skip
     d_features = empty(batch, positions, 2 * hidden)
     generate_shares_bwd_kernel[(positions, batch)](
@@ -531,7 +535,8 @@ def launch_generate_weights_bwd(
         d_features, codes, fc_weight, fc_bias, mix_weight, mix_bias, table.positions, d_inner, d_fc_weight, d_fc_bias,
         mix_shares, mix_bias_shares, batch, layers, positions, **feature_sizes, num_warps=FEATURES_BWD_WARPS,
     )  # fmt: skip
-    d_codes, d_mix_weight, d_mix_bias = torch.empty_like(codes), torch.empty_like(mix_weight), torch.empty_like(mix_bias)
+    d_codes = torch.empty_like(codes)
+    d_mix_weight, d_mix_bias = torch.empty_like(mix_weight), torch.empty_like(mix_bias)
     generate_codes_bwd_kernel[(layers, batch + 1)](
         d_inner, mix_shares, mix_bias_shares, fc_weight, table.layers, d_codes, d_mix_weight, d_mix_bias, batch, layers,
         positions, **feature_sizes, num_warps=1,

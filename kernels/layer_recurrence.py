@@ -1,18 +1,18 @@
 """Dataset embedding -> one code per layer: the whole recurrence, all L steps, in one launch; and its gradient in one.
 
-At D = 128 the matrices take 850 KB in float32, more than one multiprocessor holds, and reading them anew in each of up to
-60 steps would take longer than everything else. So D / UNITS programs, a *team*, share the work on one dataset: each
-keeps the rows of its own UNITS hidden units in registers through all steps, in float32, so that sums need neither tensor
-cores nor TF32. A team works on its datasets one after another.
+At D = 128 the matrices take 850 KB in float32, more than one multiprocessor holds, and reading them anew in each of up
+to 60 steps would take longer than everything else. So D / UNITS programs, a *team*, share the work on one dataset: each
+keeps the rows of its own UNITS hidden units in registers through all steps, in float32, so that sums need neither
+tensor cores nor TF32. A team works on its datasets one after another.
 
 What a program computes for its units the others need at once. They exchange it through 64-bit words in global memory,
 each a float32 and a flag: a program posts its words and reads everybody's until all flags are set. A word is written
-once per launch (the launcher clears them), carries its own flag, and is read and written whole, so no fence or counter is
-needed. This spins: all programs of a launch must run at the same time, which the cooperative launch guarantees and the
-number of teams respects.
+once per launch (the launcher clears them), carries its own flag, and is read and written whole, so no fence or counter
+is needed. This spins: all programs of a launch must run at the same time, which the cooperative launch guarantees and
+the number of teams respects.
 
-Per step there are three exchanges: one per GRU layer and one for the output map. LayerNorms are computed by everyone, from
-the exchanged vectors.
+Per step there are three exchanges: one per GRU layer and one for the output map. LayerNorms are computed by everyone,
+from the exchanged vectors.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _gate_bias(p_bias, gate, unit, D: tl.constexpr):
 
 @triton.jit
 def _cell(p_saved, gates_r, gates_z, gates_nx, gates_nh, hidden, unit, D: tl.constexpr, SAVE: tl.constexpr):
-    """New hidden values ``[UNITS]`` from the sums of the gates; keeps r, z, n and the hidden part of n for the gradient."""
+    """New hidden values ``[UNITS]`` from the gates' sums; keeps r, z, n and the hidden part of n for the gradient."""
     r = tl.sigmoid(gates_r)
     z = tl.sigmoid(gates_z)
     n = tanh(gates_nx + r * gates_nh)
@@ -217,7 +217,9 @@ def _norm_slope(d_out, x, weight, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def _before(p_state, p_saved, t, o_d, norm_weight, norm_bias, D: tl.constexpr, BD: tl.constexpr, NORMALISE: tl.constexpr):
+def _before(
+    p_state, p_saved, t, o_d, norm_weight, norm_bias, D: tl.constexpr, BD: tl.constexpr, NORMALISE: tl.constexpr
+):
     """Hidden values ``[BD]`` that step ``t`` started from; ``p_saved`` is that of the layer at this step."""
     in_d = o_d < D
     initial = tl.load(p_state + o_d, mask=in_d & (t == 0), other=0).to(tl.float32)
@@ -230,7 +232,7 @@ def _before(p_state, p_saved, t, o_d, norm_weight, norm_bias, D: tl.constexpr, B
 
 @triton.jit
 def _cell_slope(d_x, hidden, p_saved, p_d_gates, o_d, mine, D: tl.constexpr):
-    """Gradients of the sums of the gates and, directly, of the old hidden value, from that of the new one; all ``[BD]``."""
+    """Gradients of the gates' sums and, directly, of the old hidden value, from that of the new one; all ``[BD]``."""
     in_d = o_d < D
     r = tl.load(p_saved + o_d, mask=in_d, other=0)
     z = tl.load(p_saved + D + o_d, mask=in_d, other=0)
@@ -250,7 +252,7 @@ def _cell_slope(d_x, hidden, p_saved, p_d_gates, o_d, mine, D: tl.constexpr):
 
 @triton.jit
 def _gate_columns(p_weight, layer, gate, unit, D: tl.constexpr, BD: tl.constexpr):
-    """Columns of one gate for the given units, from matrices stored transposed ``[2, D, 3D]``: ``[UNITS, BD]`` float32."""
+    """Columns of one gate for the given units, from matrices stored as ``[2, D, 3D]``: ``[UNITS, BD]`` float32."""
     o_d = tl.arange(0, BD)
     mask = (unit < D)[:, None] & (o_d < D)[None, :]
     offsets = (layer * D + unit)[:, None] * (3 * D) + gate * D + o_d[None, :]
@@ -346,21 +348,22 @@ def layer_recurrence_bwd_kernel(
         tl.store(p_d_start + b * D + o_d, d_e, mask=mask)
 
 
-def why_not(width: int, layers: int, dtypes: tuple[torch.dtype, ...], device: torch.device) -> list[str]:
-    """Reasons not to run a recurrence of D = ``width`` and G = ``layers`` with tensors of these dtypes on ``device``."""
+def why_not(width: int, layers: int, dtypes: tuple[str, ...], processors: int | None) -> list[str]:
+    """Reasons not to run a recurrence of D = ``width`` and G = ``layers`` with tensors of these dtypes.
+
+    ``processors`` is the number of multiprocessors of the GPU, None in the interpreter.
+    """
     reasons = []
     if layers != 2:
         reasons.append(f"the Triton kernel is for 2 GRU layers; this recurrence has {layers}")
     if width > LARGEST_WIDTH:
-        reasons.append(f"the Triton kernel is for widths up to {LARGEST_WIDTH}, whose rows fit in registers; got {width}")
-    other = sorted({str(dtype) for dtype in dtypes} - {"torch.float32", "torch.bfloat16"})
+        reasons.append(f"the Triton kernel is for widths up to {LARGEST_WIDTH}, which fit in registers; got {width}")
+    other = sorted(set(dtypes) - {"torch.float32", "torch.bfloat16"})
     if other:
         reasons.append(f"the Triton kernel takes float32 and bfloat16; got {', '.join(other)}")
-    if device.type == "cuda" and not reasons:
-        available = torch.cuda.get_device_properties(device).multi_processor_count
-        needed = triton.cdiv(width, sizes(width)["UNITS"])
-        if needed > available:
-            reasons.append(f"the Triton kernel needs {needed} multiprocessors at this width; the GPU has {available}")
+    needed = triton.cdiv(width, sizes(width)["UNITS"])
+    if processors is not None and needed > processors:
+        reasons.append(f"the Triton kernel needs {needed} multiprocessors at width {width}; this GPU has {processors}")
     return reasons
 
 

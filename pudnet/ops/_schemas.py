@@ -48,3 +48,127 @@ def empty_class_stats(features: Tensor, labels: Tensor, num_classes: int) -> tup
 
 torch.library.register_fake("pudnet::image_stats", empty_image_stats)
 torch.library.register_fake("pudnet::class_stats", empty_class_stats)
+
+_GENERATOR_TENSORS = (
+    "Tensor codes, Tensor fc_weight, Tensor fc_bias, Tensor mix_weight, Tensor mix_bias, "
+    "Tensor row_weight, Tensor row_bias"
+)
+_RECURRENCE_TENSORS = (
+    "Tensor state, Tensor start, Tensor weight_ih, Tensor weight_hh, Tensor bias_ih, Tensor bias_hh, "
+    "Tensor out_weight, Tensor out_bias, Tensor state_norm_weight, Tensor state_norm_bias, "
+    "Tensor code_norm_weight, Tensor code_norm_bias"
+)
+torch.library.define(
+    "pudnet::generate_weights",
+    f"({_GENERATOR_TENSORS}, int[] shapes, ScalarType dtype, str backend) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "pudnet::generate_weights_backward",
+    f"(Tensor d_weights, {_GENERATOR_TENSORS}, int[] shapes, str backend) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+# What the gradient needs is kept only where `save` asks for it; the two tensors are empty otherwise.
+torch.library.define(
+    "pudnet::layer_recurrence",
+    f"({_RECURRENCE_TENSORS}, float alpha, bool normalise_state, bool save) -> "
+    "(Tensor codes, Tensor saved, Tensor saved_e)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "pudnet::layer_recurrence_backward",
+    f"(Tensor d_codes, Tensor saved, Tensor saved_e, {_RECURRENCE_TENSORS}, float alpha, bool normalise_state) -> "
+    f"({', '.join(['Tensor'] * 12)})",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.register_fake("pudnet::generate_weights")
+def empty_weights(
+    codes: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    mix_weight: Tensor,
+    mix_bias: Tensor,
+    row_weight: Tensor,
+    row_bias: Tensor,
+    shapes: list[int],
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """Output of ``generate_weights``, not filled."""
+    size = sum(shapes[i] * shapes[i + 1] * shapes[i + 2] * shapes[i + 3] for i in range(0, len(shapes), 4))
+    return codes.new_empty((codes.shape[0], size), dtype=dtype)
+
+
+def _empty_gradients(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)
+
+
+@torch.library.register_fake("pudnet::generate_weights_backward")
+def _empty_generator_gradients(
+    d_weights: Tensor,
+    codes: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    mix_weight: Tensor,
+    mix_bias: Tensor,
+    row_weight: Tensor,
+    row_bias: Tensor,
+    shapes: list[int],
+    backend: str,
+) -> tuple[Tensor, ...]:
+    return _empty_gradients((codes, fc_weight, fc_bias, mix_weight, mix_bias, row_weight, row_bias))
+
+
+@torch.library.register_fake("pudnet::layer_recurrence")
+def _empty_codes(
+    state: Tensor,
+    start: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor,
+    bias_hh: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    state_norm_weight: Tensor,
+    state_norm_bias: Tensor,
+    code_norm_weight: Tensor,
+    code_norm_bias: Tensor,
+    alpha: float,
+    normalise_state: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, layers, width = state.shape
+    steps = code_norm_weight.shape[0]
+    kept = batch if save else 0
+    return (
+        state.new_empty((batch, steps, width)),
+        state.new_empty((kept, steps, layers, 5, width), dtype=torch.float32),
+        state.new_empty((kept, steps, width), dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("pudnet::layer_recurrence_backward")
+def _empty_recurrence_gradients(
+    d_codes: Tensor,
+    saved: Tensor,
+    saved_e: Tensor,
+    state: Tensor,
+    start: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor,
+    bias_hh: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor,
+    state_norm_weight: Tensor,
+    state_norm_bias: Tensor,
+    code_norm_weight: Tensor,
+    code_norm_bias: Tensor,
+    alpha: float,
+    normalise_state: bool,
+) -> tuple[Tensor, ...]:
+    parameters = (start, weight_ih, weight_hh, bias_ih, bias_hh, out_weight, out_bias, state_norm_weight)
+    return _empty_gradients((state, *parameters, state_norm_bias, code_norm_weight, code_norm_bias))

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from pudnet.errors import ShapeError, message
-from pudnet.ops import reference
+import pudnet.ops._schemas  # noqa: F401 - defines torch.ops.pudnet
+from pudnet import backends
+from pudnet.errors import DtypeError, ShapeError, message
+from pudnet.ops import _native_generation, reference
 
 
 def generate_weights(
@@ -17,18 +23,130 @@ def generate_weights(
     row_weight: Tensor,  # [R, 2h]
     row_bias: Tensor,  # [R]
     shapes: list[int],  # O, I, kH, kW of each layer
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Generate the weights of all layers; meaning and formulas: ``reference.generate_weights``.
+
+    The parameters may be of another dtype than the codes, and are taken in that of the codes: bfloat16 rows halve the
+    memory that has to be read.
+
+    Args:
+        dtype: of the result; that of ``codes`` by default.
+        backend: a name of ``pudnet.backends.BACKENDS``; by default chosen as described there.
 
     Returns:
         Flat weights ``[B, P]``, each layer in channels-last order ``[O, kH, kW, I]``.
 
     Raises:
-        ShapeError: ``codes`` does not fit the parameters.
+        ShapeError: the tensors do not fit each other or ``shapes``.
+        DtypeError: ``dtype`` is not a floating-point type.
+        BackendUnavailableError: the backend asked for cannot run this call.
     """
-    layers, width = mix_weight.shape[0], fc_weight.shape[1]
+    layers, width = mix_weight.shape[0], fc_weight.shape[-1]
+    hidden = mix_weight.shape[-1]
     if codes.ndim != 3 or tuple(codes.shape[1:]) != (layers, width):
         raise ShapeError(message("generate_weights", "codes", f"[B, {layers}, {width}]", list(codes.shape)))
-    return reference.generate_weights(
-        codes, fc_weight, fc_bias, mix_weight, mix_bias, row_weight, row_bias, shapes
-    )
+    if len(shapes) != 4 * layers:
+        rule = f"O, I, kH, kW of {layers} layers"
+        raise ShapeError(message("generate_weights", "shapes", rule, f"{len(shapes)} numbers"))
+    rows = sum(o * i for o, i in zip(shapes[0::4], shapes[1::4], strict=True))
+    fc_rows = hidden * sum(kh * kw for kh, kw in zip(shapes[2::4], shapes[3::4], strict=True))
+    for name, tensor, expected in (
+        ("fc_weight", fc_weight, (fc_rows, width)),
+        ("fc_bias", fc_bias, (fc_rows,)),
+        ("mix_weight", mix_weight, (layers, 2 * hidden, hidden)),
+        ("mix_bias", mix_bias, (layers, 2 * hidden)),
+        ("row_weight", row_weight, (rows, 2 * hidden)),
+        ("row_bias", row_bias, (rows,)),
+    ):
+        if tuple(tensor.shape) != expected:
+            raise ShapeError(message("generate_weights", name, str(list(expected)), list(tensor.shape)))
+    dtype = dtype or codes.dtype
+    if not dtype.is_floating_point:
+        raise DtypeError(message("generate_weights", "dtype", "a floating-point type", dtype))
+    weights: Tensor = backends.call(
+        "generate_weights", codes.device, backend,
+        codes, fc_weight, fc_bias, mix_weight, mix_bias, row_weight, row_bias, shapes, dtype,
+    )  # fmt: skip
+    return weights
+
+
+def _forward_triton(*arguments: Any) -> Tensor:
+    from pudnet.kernels.generate_weights import launch_generate_weights_fwd
+
+    *tensors, shapes, dtype = arguments
+    return launch_generate_weights_fwd(*tensors, tuple(shapes), dtype)
+
+
+def _backward_triton(*arguments: Any) -> tuple[Tensor, ...]:
+    from pudnet.kernels.generate_weights import launch_generate_weights_bwd
+
+    *tensors, shapes = arguments
+    return tuple(launch_generate_weights_bwd(*tensors, tuple(shapes)))
+
+
+# By backend. Forward: tensors, shapes, dtype -> weights. Backward: d_weights, the same tensors, shapes -> gradients.
+_FORWARD: dict[str, Callable[..., Tensor]] = {"triton": _forward_triton, "native": _native_generation.forward}
+_BACKWARD: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "triton": _backward_triton,
+    "native": _native_generation.backward,
+}
+
+
+@torch.library.impl("pudnet::generate_weights", ("cpu", "cuda"))
+def _forward(*arguments: Any) -> Tensor:
+    *rest, backend = arguments
+    return _FORWARD[backend](*rest)
+
+
+@torch.library.impl("pudnet::generate_weights_backward", ("cpu", "cuda"))
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    *rest, backend = arguments
+    return _BACKWARD[backend](*rest)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.shapes, _, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, d_weights: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = torch.ops.pudnet.generate_weights_backward(d_weights, *ctx.saved_tensors, ctx.shapes, ctx.backend)
+    return (*gradients, None, None, None)
+
+
+torch.library.register_autograd("pudnet::generate_weights", _gradients, setup_context=_save_for_backward)
+
+
+def why_not_triton(codes: Tensor, *rest: Any) -> list[str]:
+    """What keeps Triton from running this call."""
+    *parameters, _, dtype = rest
+    dtypes = tuple(str(x) for x in (codes.dtype, *(x.dtype for x in parameters), dtype))
+    return _why_not_triton(codes.shape[2], parameters[2].shape[2], dtypes)
+
+
+def _why_not_triton(width: int, hidden: int, dtypes: tuple[str, ...]) -> list[str]:
+    from pudnet.kernels.generate_weights import why_not
+
+    return why_not(width, hidden, dtypes)
+
+
+_why_not_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in backends.py
+
+backends.register_op("generate_weights", reference.generate_weights)
+backends.register(
+    "generate_weights",
+    "triton",
+    lambda *arguments: torch.ops.pudnet.generate_weights(*arguments, "triton"),
+    devices=("cpu", "cuda"),
+    why_not=why_not_triton,
+)
+backends.register(
+    "generate_weights",
+    "native",
+    lambda *arguments: torch.ops.pudnet.generate_weights(*arguments, "native"),
+    devices=("cpu",),
+    why_not=_native_generation.why_not,
+)

@@ -63,12 +63,16 @@ def generate_weights(
     row_weight: Tensor,  # [R, 2h]
     row_bias: Tensor,  # [R]
     shapes: list[int],  # O, I, kH, kW of each layer
+    dtype: torch.dtype | None = None,  # of the result, by default that of the codes
 ) -> Tensor:  # [B, P], each layer in channels-last order [O, kH, kW, I]
     """Turn each layer's code into its kernel (PudNet, weight generator).
 
     Layer t: Linear D -> h * kH * kW, GELU; 1x1 h -> 2h, GELU; 1x1 2h -> O * I, where a 1x1 map acts at every position
-    of the kernel alike.
+    of the kernel alike. The parameters are taken in the dtype of the codes.
     """
+    fc_weight, fc_bias, mix_weight, mix_bias, row_weight, row_bias = (
+        x.to(codes.dtype) for x in (fc_weight, fc_bias, mix_weight, mix_bias, row_weight, row_bias)
+    )
     batch = codes.shape[0]
     hidden = mix_weight.shape[2]
     parts = []
@@ -86,7 +90,47 @@ def generate_weights(
         parts.append(kernel.reshape(batch, rows * kh * kw))
         fc_start += fc_size
         row_start += rows
-    return torch.cat(parts, dim=1)
+    return torch.cat(parts, dim=1).to(dtype or codes.dtype)
+
+
+def graph_recurrence(
+    states: Tensor,  # [N, D] nodes level by level: every edge leads from an earlier level to a later one
+    edges: Tensor,  # [V, N, N] weight of the edge into row from column, for each of V kinds of edge; 0 for none
+    level_sizes: list[int],  # nodes of each level
+    message_in_weight: Tensor,  # [V, M, D] one two-layer MLP for each kind of edge
+    message_in_bias: Tensor,  # [V, M]
+    message_out_weight: Tensor,  # [V, D, M]
+    message_out_bias: Tensor,  # [V, D]
+    weight_ih: Tensor,  # [3D, D] gates r, z, n as in torch.nn.GRUCell
+    weight_hh: Tensor,  # [3D, D]
+    bias_ih: Tensor,  # [3D]
+    bias_hh: Tensor,  # [3D]
+) -> Tensor:  # [N, D]
+    """Gated message passing in topological order (GHN-2, gated graph network): one traversal.
+
+    Level by level: m_v = sum over kinds k and nodes u of edges[k, v, u] MLP_k(h_u), with the new states of earlier
+    levels; h_v <- GRUCell(m_v, h_v). A node without predecessors passes the cell with m = 0. MLP: ReLU after both layers.
+    """
+    kinds, _, width = message_in_weight.shape
+    sent = states.new_zeros(kinds, 0, width)  # [V, p, D] messages of the p nodes visited so far
+    visited = []
+    start = 0
+    for size in level_sizes:
+        stop = start + size
+        incoming = torch.bmm(edges[:, start:stop, :start], sent).sum(dim=0)  # [size, D]
+        hidden = states[start:stop]
+        rx, zx, nx = F.linear(incoming, weight_ih, bias_ih).chunk(3, dim=-1)
+        rh, zh, nh = F.linear(hidden, weight_hh, bias_hh).chunk(3, dim=-1)
+        r, z = torch.sigmoid(rx + rh), torch.sigmoid(zx + zh)
+        candidate = torch.tanh(nx + r * nh)
+        hidden = (1 - z) * candidate + z * hidden
+        visited.append(hidden)
+        if stop < len(states):
+            inner = F.relu(hidden @ message_in_weight.transpose(1, 2) + message_in_bias[:, None])  # [V, size, M]
+            outer = F.relu(inner @ message_out_weight.transpose(1, 2) + message_out_bias[:, None])  # [V, size, D]
+            sent = torch.cat([sent, outer], dim=1)
+        start = stop
+    return torch.cat(visited)
 
 
 def _index_by_class(op: str, labels: Tensor, num_classes: int) -> Tensor:
