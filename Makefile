@@ -1,9 +1,8 @@
 # Everything runs in a virtual environment of its own; the first target that is made sets it up.
 PYTHON ?= python3
 VENV ?= .venv
-TORCH ?= 2.13.0
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready-torch-$(TORCH)
+READY := $(VENV)/.ready
 DATA ?= ../shared/data
 
 .PHONY: demo test lint results wheel
@@ -25,10 +24,11 @@ results: $(READY)
 wheel: $(READY)
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 
-# torch comes first and is then held fast: nothing that is installed later may replace it by another build.
-$(READY): pyproject.toml setup.py $(wildcard csrc/*)
+# torch comes first and is then held fast: nothing that is installed later may replace it by another build. Triton is
+# the version that belongs to it; the CPU build of torch does not ask for one.
+$(READY): Makefile pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
-	echo "torch==$(TORCH)" > $(VENV)/constraints.txt
-	$(BIN)/python -m pip install --quiet torch==$(TORCH)
+	printf 'torch==2.13.0\ntriton==3.7.1\n' > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[all,test]'
 	touch $@
