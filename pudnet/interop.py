@@ -1,4 +1,4 @@
-"""Reading parameters that other code saved: the released PudNet."""
+"""Reading parameters that other code saved: the released PudNet and GHN-2."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pudnet.errors import CheckpointError, DtypeError, ShapeError, message
+from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError, message
+from pudnet.models.ghn import GHN
 from pudnet.models.pudnet import PudNet
 from pudnet.nn.embedding import CHANNELS
 from pudnet.targets.unet import UNet
@@ -79,32 +80,36 @@ def import_released_pudnet(state_dict: Mapping[str, Tensor | np.ndarray], *, alp
     """
     found = _as_tensors(state_dict)
     net = _build(found, alpha)
-    slots = _slots(net)
-    missing, unknown = sorted(slots.keys() - found.keys()), sorted(found.keys() - slots.keys())
-    if missing or unknown:
-        got = f"{len(missing)} missing [{_some(missing)}] and {len(unknown)} unknown [{_some(unknown)}]"
-        raise CheckpointError(message(WHERE, "state_dict", "exactly the names of a released PudNet", got))
-    misfits = [
-        f"{name} {list(found[name].shape)} instead of {list(slot.shape)}"
-        for name, slot in slots.items()
-        if found[name].shape != slot.shape
-    ]
-    if misfits:
-        raise CheckpointError(message(WHERE, "state_dict", "of shapes that fit together", _some(misfits)))
-    for name, slot in slots.items():
-        slot.copy_(found[name])
+    _fill(_slots(net), found, WHERE, "a released PudNet")
     return ReleasedPudNet(net.eval())
 
 
-def _as_tensors(state_dict: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:
+def _as_tensors(state_dict: Mapping[str, Tensor | np.ndarray], where: str = WHERE) -> dict[str, Tensor]:
     found = {}
     for name, value in state_dict.items():
         try:
             found[name] = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
         except (TypeError, ValueError) as error:
             got = f"{type(value).__name__} under {name!r}"
-            raise CheckpointError(message(WHERE, "state_dict", "of tensors or arrays of numbers", got)) from error
+            raise CheckpointError(message(where, "state_dict", "of tensors or arrays of numbers", got)) from error
     return found
+
+
+def _fill(slots: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str, what: str) -> None:
+    """Copy every tensor of ``found`` into the slot of its name; refuse other names and shapes."""
+    missing, unknown = sorted(slots.keys() - found.keys()), sorted(found.keys() - slots.keys())
+    if missing or unknown:
+        got = f"{len(missing)} missing [{_some(missing)}] and {len(unknown)} unknown [{_some(unknown)}]"
+        raise CheckpointError(message(where, "state_dict", f"exactly the names of {what}", got))
+    misfits = [
+        f"{name} {list(found[name].shape)} instead of {list(slot.shape)}"
+        for name, slot in slots.items()
+        if found[name].shape != slot.shape
+    ]
+    if misfits:
+        raise CheckpointError(message(where, "state_dict", "of shapes that fit together", _some(misfits)))
+    for name, slot in slots.items():
+        slot.copy_(found[name])
 
 
 def _some(names: list[str]) -> str:
@@ -189,4 +194,88 @@ def _slots(net: PudNet) -> dict[str, Tensor]:
             f"hyper_unet.{t}.conv2.bias": generators.row_bias[rows],
         }
         fc_start, row_start = fc.stop, rows.stop
+    return slots
+
+
+WHERE_GHN = "import_released_ghn2"
+
+
+@torch.no_grad()
+def import_released_ghn2(
+    state_dict: Mapping[str, Tensor | np.ndarray],
+    *,
+    max_shape: tuple[int, int, int, int] = (64, 64, 11, 11),
+    num_classes: int = 10,
+) -> GHN:
+    """Import parameters saved by the released GHN-2 code, in any of its variants (GHN-2, GHN-1, MLP).
+
+    Which variant it is follows from the names: without ``gnn.mlp_ve`` there are no virtual edges, without ``ln`` no
+    LayerNorm (and then, as released, no normalisation of weights).
+
+    Args:
+        state_dict: tensors or arrays under the released names.
+        max_shape: largest block the decoder makes, (2D, 2D, s, s); the released networks for CIFAR-10 have s = 11, those
+            for ImageNet 16.
+        num_classes: of the dataset it was trained for.
+
+    Returns:
+        In evaluation mode, for inputs of 32x32 (s = 11) or 224x224.
+
+    Raises:
+        CheckpointError: names are missing or unknown, or shapes do not fit ``max_shape`` and ``num_classes``.
+        InputError: ``max_shape`` is not of that form.
+    """
+    found = _as_tensors(state_dict, WHERE_GHN)
+    double, same, largest, also = max_shape
+    if double != same or largest != also or double % 8 or largest not in (11, 16):
+        raise InputError(message(WHERE_GHN, "max_shape", "(2D, 2D, s, s) with s 11 or 16", max_shape))
+    side = 32 if largest == 11 else 224
+    ghn = GHN(
+        width=double // 2,
+        largest=largest,
+        num_classes=num_classes,
+        encoder="gnn" if any(name.startswith("gnn.gru.") for name in found) else "mlp",
+        virtual_edges=50 if "gnn.mlp_ve.fc.0.weight" in found else 1,
+        layer_norm="ln.weight" in found,
+        normalise="ln.weight" in found,
+        input_shape=(3, side, side),
+    )
+    _fill(_ghn_slots(ghn), found, WHERE_GHN, "a released GHN of this max_shape and num_classes")
+    return ghn.eval()
+
+
+def _ghn_slots(ghn: GHN) -> dict[str, Tensor]:
+    """Views of all parameters of ``ghn``, each under its released name and in its released shape."""
+    encoder, decoder = ghn.encoder, ghn.decoder
+    slots = {
+        "embed.weight": encoder.primitive_embedding,
+        "shape_enc.embed_spatial.weight": encoder.kernel_embedding,
+        "shape_enc.embed_channel.weight": encoder.channel_embedding,
+        "decoder.fc.0.weight": decoder.fc_weight.view(-1, decoder.width),
+        "decoder.fc.0.bias": decoder.fc_bias.view(-1),
+        "decoder.conv.0.weight": decoder.mix_weight[:, :, None, None],
+        "decoder.conv.0.bias": decoder.mix_bias,
+        "decoder.conv.2.weight": decoder.block_weight.view(-1, 8 * decoder.width, 1, 1),
+        "decoder.conv.2.bias": decoder.block_bias.view(-1),
+        "decoder.class_layer_predictor.1.weight": decoder.class_weight[:, :, None, None],
+        "decoder.class_layer_predictor.1.bias": decoder.class_bias,
+        "decoder_1d.fc.0.weight": decoder.vector_in_weight,
+        "decoder_1d.fc.0.bias": decoder.vector_in_bias,
+        "decoder_1d.fc.2.weight": decoder.vector_out_weight.view(-1, 2 * decoder.width),
+        "decoder_1d.fc.2.bias": decoder.vector_out_bias.view(-1),
+        "bias_class.1.weight": decoder.class_vector_weight,
+        "bias_class.1.bias": decoder.class_vector_bias,
+    }
+    if encoder.norm is not None:
+        slots |= {"ln.weight": encoder.norm.weight, "ln.bias": encoder.norm.bias}
+    if encoder.mlp is not None:
+        slots |= {f"gnn.fc.{name}": tensor for name, tensor in encoder.mlp.named_parameters()}
+    if (walk := encoder.walk) is not None:
+        for kind, name in enumerate(("mlp", "mlp_ve")[: len(walk.message_in_weight)]):
+            slots[f"gnn.{name}.fc.0.weight"] = walk.message_in_weight[kind]
+            slots[f"gnn.{name}.fc.0.bias"] = walk.message_in_bias[kind]
+            slots[f"gnn.{name}.fc.2.weight"] = walk.message_out_weight[kind]
+            slots[f"gnn.{name}.fc.2.bias"] = walk.message_out_bias[kind]
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+            slots[f"gnn.gru.{name}"] = getattr(walk, name)
     return slots

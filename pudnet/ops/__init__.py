@@ -2,6 +2,7 @@
 
 from pudnet.ops.dataset_stats import ClassStats, ImageStats, class_stats, image_stats
 from pudnet.ops.generate_weights import generate_weights
+from pudnet.ops.graph_recurrence import graph_recurrence
 from pudnet.ops.layer_recurrence import layer_recurrence
 
-__all__ = ["ClassStats", "ImageStats", "class_stats", "generate_weights", "image_stats", "layer_recurrence"]
+__all__ = ["ClassStats", "ImageStats", "class_stats", "generate_weights", "graph_recurrence", "image_stats", "layer_recurrence"]
