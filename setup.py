@@ -146,7 +146,7 @@ def ninja_file(plan: Plan, folder: Path, output: Path, version: str) -> str:
         ]
         nvcc_flags = ["-DPUDNET_WITH_CUDA", "-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
         if "CXX" in os.environ:
-            nvcc_flags += ["-ccbin", plan.cxx]
+            nvcc_flags += ["-ccbin", shlex.split(plan.cxx)[-1]]  # of "ccache g++" the compiler itself
         nvcc_flags += [f"-gencode=arch=compute_{number},code=sm_{number}" for number in architectures]
         nvcc_flags += [f"-gencode=arch=compute_{newest},code=compute_{newest}"]
         # The static runtime: the binary then loads where no CUDA is installed, and calls say that no driver was found.
