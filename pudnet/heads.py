@@ -52,6 +52,7 @@ class Head(nn.Module):
     """
 
     layers: ClassVar[Layers] = "all"
+    spread: ClassVar[bool] = True
     weight: Tensor  # [K, F]
     temperature: Tensor  # []
 
@@ -88,7 +89,8 @@ class Head(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Feature maps ``[n, C, h, w]`` or ``[n, F]`` each -> logits ``[n, K]``."""
-        return self.temperature * self.scores(pool_features(maps, self.layers).to(self.weight.dtype))
+        features = pool_features(maps, self.layers, spread=self.spread)
+        return self.temperature * self.scores(features.to(self.weight.dtype))
 
     def scores(self, features: Tensor) -> Tensor:
         """Pooled features ``[n, F]`` -> scores before calibration ``[n, K]``."""
@@ -99,6 +101,7 @@ class CosineHead(Head):
     """Cosine of the last layer's features with each class mean (the papers' head); ``weight`` holds the unit means."""
 
     layers: ClassVar[Layers] = "last"
+    spread: ClassVar[bool] = False
 
     def scores(self, features: Tensor) -> Tensor:
         return F.linear(features, self.weight)
@@ -155,7 +158,7 @@ def fit_head(name: str, batches: Iterable[Batch], num_classes: int, *, seed: int
         raise InputError(message("fit_head", "num_classes", "at least 2", num_classes))
     if loo_rows < 2:
         raise InputError(message("fit_head", "loo_rows", "at least 2", loo_rows))
-    chunks = _pooled_chunks(batches, HEADS[name].layers, num_classes)
+    chunks = _pooled_chunks(batches, HEADS[name], num_classes)
     first = next(chunks, None)
     if first is None:
         raise InputError(message("fit_head", "batches", "at least one image", "none"))
@@ -220,12 +223,12 @@ class _Fit:
 # ---- reading ----------------------------------------------------------------------------------------------------
 
 
-def _pooled_chunks(batches: Iterable[Batch], layers: Layers, num_classes: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _pooled_chunks(batches: Iterable[Batch], head: type[Head], num_classes: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Checked batches, pooled to float32 features [c, F] and labels [c], joined to chunks of CHUNK_ROWS or more."""
     pending: list[tuple[Tensor, Tensor]] = []
     rows = 0
     for maps, labels in batches:
-        features = pool_features(maps, layers).to(torch.float32)
+        features = pool_features(maps, head.layers, spread=head.spread).to(torch.float32)
         _check_rows("fit_head", features, labels, num_classes)
         if pending and features.shape[1] != pending[0][0].shape[1]:
             rule = f"as wide as the earlier batches' ({pending[0][0].shape[1]} features)"

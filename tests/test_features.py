@@ -107,7 +107,8 @@ def test_a_module_without_convolutions_is_an_error() -> None:
 )
 def test_pooling_grid(shape: tuple[int, int, int], features: int) -> None:
     x = torch.rand(3, *shape)
-    pooled = pool_features([x])
+    assert pool_features([x]).shape == (3, features + shape[0])
+    pooled = pool_features([x], spread=False)
     assert pooled.shape == (3, features)
     g = round((features / shape[0]) ** 0.5)
     torch.testing.assert_close(pooled, F.normalize(F.adaptive_avg_pool2d(x, g).flatten(1), dim=1))
@@ -115,12 +116,31 @@ def test_pooling_grid(shape: tuple[int, int, int], features: int) -> None:
 
 def test_each_map_is_normalised_and_the_last_can_be_had_alone() -> None:
     maps = [torch.rand(4, 8, 6, 6) * 100, torch.rand(4, 10), torch.zeros(4, 2, 2, 2)]
-    pooled = pool_features(maps)
+    pooled = pool_features(maps, spread=False)
     assert pooled.shape == (4, 128 + 10 + 8)
     torch.testing.assert_close(pooled[:, :128].norm(dim=1), torch.ones(4))
     torch.testing.assert_close(pooled[:, 128:138], F.normalize(maps[1], dim=1))
     assert torch.equal(pooled[:, 138:], torch.zeros(4, 8))
     torch.testing.assert_close(pool_features(maps[:2], "last"), F.normalize(maps[1], dim=1))
+
+
+def test_spread_adds_root_means_and_deviations() -> None:
+    x = torch.randn(5, 3, 8, 8, dtype=torch.float64)
+    means = F.adaptive_avg_pool2d(x, 4).flatten(1)
+    roots = F.normalize(means.sign() * means.abs().sqrt(), dim=1)
+    deviations = F.normalize(x.std(dim=(2, 3), correction=0), dim=1)
+    torch.testing.assert_close(pool_features([x]), torch.cat([roots, deviations], dim=1), rtol=1e-3, atol=1e-3)
+
+
+def test_spread_is_finite_and_has_finite_gradients_where_nothing_varies() -> None:
+    x = torch.zeros(2, 3, 4, 4)
+    x[1] = 1.0
+    x.requires_grad_()
+    pooled = pool_features([x])
+    assert torch.equal(pooled[0], torch.zeros(51))
+    assert torch.equal(pooled[1, 48:], torch.zeros(3))
+    pooled.sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all()
 
 
 def test_bad_input() -> None:

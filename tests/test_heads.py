@@ -142,7 +142,7 @@ def test_ridge_last_reads_the_last_map_only() -> None:
 def test_feature_maps_are_pooled() -> None:
     maps = [torch.rand(30, 4, 9, 9), torch.rand(30, 6, 2, 2)]
     head = fit_head("ridge", [(maps, torch.arange(30) % 3)], 3)
-    assert head.info["features"] == 4 * 16 + 6 * 4 and head.info["form"] == "dual"
+    assert head.info["features"] == 4 * 16 + 4 + 6 * 4 + 6 and head.info["form"] == "dual"
     assert head(maps).shape == (30, 3)
 
 
