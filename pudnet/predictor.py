@@ -389,7 +389,7 @@ class Predictor:
             labels: ``[n]`` integers or names, for arrays.
             head: ``"ridge"``, ``"ridge-last"`` or ``"cosine"``.
             batchnorm: ``"calibrated"``, ``"batch"`` or ``"shared"``.
-            sketch: used instead of one drawn here.
+            sketch: decides the weights instead of the one drawn here; BatchNorm is calibrated on the given images.
             sketch_size: images in the one drawn here, at most.
             seed: of everything random.
             split: which part of a source that has several.
@@ -406,17 +406,17 @@ class Predictor:
         clock = StageClock(self.device)
         with clock.stage("reading"):
             source = open_images(images, labels, size=self.net.config.image_size, split=split, classes=classes)
-        if sketch is None:
-            builder = SketchBuilder(sketch_size, seed=seed)
-            for batch, batch_labels in clock.iterate("reading", source):
-                with clock.stage("sketch"):
-                    builder.update(batch, batch_labels)
+        builder = SketchBuilder(sketch_size, seed=seed)
+        for batch, batch_labels in clock.iterate("reading", source):
             with clock.stage("sketch"):
-                sketch = builder.finish()
+                builder.update(batch, batch_labels)
+        with clock.stage("sketch"):
+            sample = builder.finish()
+            seen = sample if sketch is None else sketch
         with clock.stage("weights"):
-            network = self.net.materialise(self.net.generate(sketch))
+            network = self.net.materialise(self.net.generate(seen))
         model = finish(
-            network, source, sketch, self.net.preprocess, head=head, batchnorm=batchnorm, seed=seed, clock=clock
+            network, source, sample, self.net.preprocess, head=head, batchnorm=batchnorm, seed=seed, clock=clock
         )
         model.target_name = self.net.target_name
         model.report["provenance"] = {
@@ -426,7 +426,7 @@ class Predictor:
             "torch": torch.__version__,
             "device": str(self.device),
             "seed": seed,
-            "sketch_images": len(sketch.images),
+            "sketch_images": len(seen.images),
         }
         return model
 

@@ -224,7 +224,7 @@ class PudNet(nn.Module):
         if name is None and target is None:
             raise CheckpointError(message(where, "target", "the module the checkpoint was made for", None))
         try:
-            net = cls(name if target is None else target, **config["pudnet"])
+            net = cls(str(name) if target is None else target, **config["pudnet"])
             net.target_name = name
             net.load_state_dict({key: tensor.float() if tensor.is_floating_point() else tensor
                                  for key, tensor in tensors.items()})  # fmt: skip

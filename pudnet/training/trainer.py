@@ -71,7 +71,8 @@ class Trainer:
     def _read(self, sources: tuple[DataSource, ...]) -> tuple[list[ClassPool], list[ClassPool]]:
         train, held_out = [], []
         for source in sources:
-            images, labels, names = [], [], []
+            images, labels = [], []
+            names: list[str] = []
             for path in source.paths:
                 opened = open_images(path, size=self.net.config.image_size)
                 part_images, part_labels = opened.tensors()
