@@ -229,11 +229,19 @@ def test_own_sketch_and_merged_sketches(predictor: pudnet.Predictor) -> None:
     given = predictor.predict(images, labels, sketch=whole)
     own = predictor.predict(images, labels, sketch_size=12, seed=1)
     assert torch.equal(next(given.network.parameters()), next(own.network.parameters()))
-    assert given.report["seconds"]["sketch"] == 0
 
     parts = [predictor.sketch(images[part::2], labels[part::2], size=12, seed=1, stream=part) for part in range(2)]
     merged = pudnet.Sketch.merge(*parts)
     assert len(merged) == 12 and predictor.predict(images, labels, sketch=merged).evaluate(images, labels)["n"] == 60
+
+
+def test_foreign_sketch_decides_the_weights_alone(predictor: pudnet.Predictor) -> None:
+    images, labels = coloured(20)
+    foreign = predictor.sketch(255 - images, labels)
+    model = predictor.predict(images, labels, sketch=foreign)
+    norm = next(layer for layer in model.network.modules() if isinstance(layer, torch.nn.BatchNorm2d))
+    before = model.network.get_submodule("convs.0")(model.preprocess(images))  # what the norm was calibrated on
+    torch.testing.assert_close(norm.running_mean, before.mean(dim=(0, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
 def test_sketch_without_labels(predictor: pudnet.Predictor) -> None:
