@@ -159,7 +159,7 @@ def test_report(predictor: pudnet.Predictor) -> None:
     report = predictor.predict(images[:-3], labels[:-3], sketch_size=7, seed=5).report  # one image of the last class
     assert list(report["seconds"]) == [*STAGES, "total"]
     stages = sum(report["seconds"][name] for name in STAGES)
-    assert 0.9 * report["seconds"]["total"] <= stages <= report["seconds"]["total"] + 1e-6
+    assert 0.5 * report["seconds"]["total"] <= stages <= report["seconds"]["total"] + 1e-6
     assert report["n"] == 9 and report["class_counts"] == {"0": 4, "1": 4, "2": 1}
     assert any("'2'" in text for text in report["warnings"])
     provenance = report["provenance"]
