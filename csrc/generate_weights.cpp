@@ -7,15 +7,12 @@
 #include "generate_weights.h"
 
 #include <algorithm>
-#include <cstring>
-#include <stdexcept>
 #include <vector>
+
+#include "instruction_set.h"
 
 #ifdef _OPENMP
 #include <omp.h>
-#endif
-#ifdef __SSE2__
-#include <immintrin.h>
 #endif
 
 namespace pudnet {
@@ -63,9 +60,7 @@ namespace portable {
 #undef PUDNET_LANES
 }  // namespace portable
 
-// Clang has no such pragma; there the compiler's own target decides (CXXFLAGS=-march=native), through the portable copy.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define PUDNET_X86 1
+#ifdef PUDNET_X86
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
@@ -85,18 +80,16 @@ namespace avx512 {
 #endif
 
 const Kernels& choose(const std::string& name) {
-  bool has_avx2 = false, has_avx512 = false;
+  switch (choose_instruction_set(name)) {
 #ifdef PUDNET_X86
-  has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && (name.empty() || name == "avx512")) return avx512::kKernels;
-  if (has_avx2 && (name.empty() || name == "avx2")) return avx2::kKernels;
+    case InstructionSet::kAvx512:
+      return avx512::kKernels;
+    case InstructionSet::kAvx2:
+      return avx2::kKernels;
 #endif
-  if (name.empty() || name == "portable") return portable::kKernels;
-  const std::string usable = std::string("portable") + (has_avx2 ? ", avx2" : "") + (has_avx512 ? ", avx512" : "");
-  throw std::invalid_argument("generate_weights: instruction_set must be one this machine has (" + usable + "); got '" +
-                              name + "'.");
+    default:
+      return portable::kKernels;
+  }
 }
 
 std::int64_t tiles_of(const LayerShape& shape) { return (shape.o * shape.i + kTileRows - 1) / kTileRows; }
@@ -141,7 +134,8 @@ void generate_share(const GenerateWeights& args, const Kernels& kernels, const s
           kernels.pack_tile(bias_rows, args.format.bfloat16, count, 1, bias + j * kTileRows);
         }
         run.bfloat16 = false;
-        run.upcoming = static_cast<const char*>(args.row_weight) + (places[t].row + run.first_row + kRunTiles * kTileRows) * k * row_bytes;
+        const std::int64_t ahead = places[t].row + run.first_row + kRunTiles * kTileRows;
+        run.upcoming = static_cast<const char*>(args.row_weight) + ahead * k * row_bytes;
         run.weight = scratch;
         run.bias = bias;
       }

@@ -1,22 +1,14 @@
-// The vector code of generate_weights.cpp, which includes this file once per instruction set: PUDNET_LANES floats make a
-// register, and a `#pragma GCC target` around the #include chooses the instructions. Everything is in a namespace of its
-// own, so that the linker never mixes the copies up.
-//
-// Functions here are called from inside OpenMP regions but contain none: an outlined region would lose the target.
+// The vector code of generate_weights.cpp; see instruction_set.h.
 
-constexpr int kLanes = PUDNET_LANES;
+#include "vectors.h"
+
 constexpr int kParts = kTileRows / kLanes;  // registers in a row of a tile
 constexpr int kBlock = 9;                   // kernel positions in registers at once; a whole 3x3 kernel
 
-typedef float Floats __attribute__((vector_size(4 * PUDNET_LANES)));
-typedef float LooseFloats __attribute__((vector_size(4 * PUDNET_LANES), aligned(4), may_alias));
-typedef std::uint32_t Words __attribute__((vector_size(4 * PUDNET_LANES)));
 typedef std::uint32_t LooseWords __attribute__((vector_size(4 * PUDNET_LANES), aligned(2), may_alias));
 typedef std::uint16_t Halves __attribute__((vector_size(2 * PUDNET_LANES)));
 typedef std::uint16_t LooseHalves __attribute__((vector_size(2 * PUDNET_LANES), aligned(2), may_alias));
 
-inline Floats load(const float* from) { return *reinterpret_cast<const LooseFloats*>(from); }
-inline void store(float* to, Floats value) { *reinterpret_cast<LooseFloats*>(to) = value; }
 inline Floats load(const std::uint16_t* from) {
   const Halves halves = *reinterpret_cast<const LooseHalves*>(from);
   return reinterpret_cast<Floats>(__builtin_convertvector(halves, Words) << 16);
@@ -68,16 +60,6 @@ void gelu_in_place(float* values, std::int64_t count) {
   std::int64_t j = 0;
   for (; j + kLanes <= count; j += kLanes) store(values + j, gelu(load(values + j)));
   for (; j < count; ++j) values[j] = gelu(values[j]);
-}
-
-inline float dot(const float* a, const float* b, std::int64_t count) {
-  Floats sums{};
-  std::int64_t j = 0;
-  for (; j + kLanes <= count; j += kLanes) sums += load(a + j) * load(b + j);
-  float sum = 0.0f;
-  for (int lane = 0; lane < kLanes; ++lane) sum += sums[lane];
-  for (; j < count; ++j) sum += a[j] * b[j];
-  return sum;
 }
 
 // The features of one layer: [B, K, S]. `first` is that layer's first row of fc_weight; `hidden` is scratch, [B, h, S].

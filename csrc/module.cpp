@@ -13,6 +13,7 @@
 #include "dataset_stats.h"
 #include "device.h"
 #include "generate_weights.h"
+#include "layer_recurrence.h"
 
 namespace py = pybind11;
 
@@ -22,7 +23,7 @@ using pudnet::ClassStats;
 using pudnet::ImageStats;
 
 // Raise together with INTERFACE in pudnet/_extension.py whenever a signature below changes.
-constexpr int kInterface = 1;
+constexpr int kInterface = 2;
 
 [[noreturn]] void refuse(const std::string& text) { throw std::invalid_argument("pudnet._C: " + text); }
 
@@ -228,6 +229,44 @@ PYBIND11_MODULE(_C, m) {
       },
       py::kw_only(), py::arg("row_weight"), py::arg("row_bias"), py::arg("features"), py::arg("shapes"),
       py::arg("bfloat16"), py::arg("packed_weight"), py::arg("packed_bias"), release());
+  m.def(
+      "layer_recurrence_cpu",
+      [](address state, int64_t batch, int64_t layers, int64_t width, int64_t steps, address start, address weight_ih,
+         address weight_hh, address bias_ih, address bias_hh, address out_weight, address out_bias,
+         address state_norm_weight, address state_norm_bias, address code_norm_weight, address code_norm_bias,
+         double alpha, bool normalise_state, address codes, int threads, const std::string& instruction_set) {
+        require_size(batch, 0, "batch");
+        require_size(layers, 1, "layers");
+        require_size(width, 1, "width");
+        require_size(steps, 1, "steps");
+        elements({layers, 3 * width, width});
+        pudnet::LayerRecurrence args{};
+        args.batch = batch;
+        args.layers = layers;
+        args.width = width;
+        args.steps = steps;
+        args.state = pointer<const float>(state, elements({batch, layers + 8, width}), "state");
+        args.start = pointer<const float>(start, 1, "start");
+        args.weight_ih = pointer<const float>(weight_ih, 1, "weight_ih");
+        args.weight_hh = pointer<const float>(weight_hh, 1, "weight_hh");
+        args.bias_ih = pointer<const float>(bias_ih, 1, "bias_ih");
+        args.bias_hh = pointer<const float>(bias_hh, 1, "bias_hh");
+        args.out_weight = pointer<const float>(out_weight, 1, "out_weight");
+        args.out_bias = pointer<const float>(out_bias, 1, "out_bias");
+        args.state_norm_weight = pointer<const float>(state_norm_weight, 1, "state_norm_weight");
+        args.state_norm_bias = pointer<const float>(state_norm_bias, 1, "state_norm_bias");
+        args.code_norm_weight = pointer<const float>(code_norm_weight, 1, "code_norm_weight");
+        args.code_norm_bias = pointer<const float>(code_norm_bias, 1, "code_norm_bias");
+        args.alpha = static_cast<float>(alpha);
+        args.normalise_state = normalise_state;
+        args.codes = pointer<float>(codes, elements({batch, steps, width}), "codes");
+        pudnet::layer_recurrence_cpu(args, threads, instruction_set);
+      },
+      py::kw_only(), py::arg("state"), py::arg("batch"), py::arg("layers"), py::arg("width"), py::arg("steps"),
+      py::arg("start"), py::arg("weight_ih"), py::arg("weight_hh"), py::arg("bias_ih"), py::arg("bias_hh"),
+      py::arg("out_weight"), py::arg("out_bias"), py::arg("state_norm_weight"), py::arg("state_norm_bias"),
+      py::arg("code_norm_weight"), py::arg("code_norm_bias"), py::arg("alpha"), py::arg("normalise_state"),
+      py::arg("codes"), py::arg("threads"), py::arg("instruction_set"), release());
 
 #ifdef PUDNET_WITH_CUDA
   m.def("cuda_driver_version", &pudnet::cuda_driver_version);

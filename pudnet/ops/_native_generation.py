@@ -147,7 +147,8 @@ def why_not(codes: Tensor, *rest: Any) -> list[str]:
     if codes.dtype != torch.float32:
         reasons.append(f"native generate_weights takes float32 codes; got {codes.dtype}")
     if row_weight.dtype not in DTYPES or row_bias.dtype != row_weight.dtype:
-        reasons.append(f"native generate_weights takes float32 or bfloat16 rows; got {row_weight.dtype}, {row_bias.dtype}")
+        got = f"{row_weight.dtype}, {row_bias.dtype}"
+        reasons.append(f"native generate_weights takes float32 or bfloat16 rows; got {got}")
     if dtype not in DTYPES:
         reasons.append(f"native generate_weights gives float32 or bfloat16 weights, not {dtype}")
     return reasons
@@ -155,9 +156,11 @@ def why_not(codes: Tensor, *rest: Any) -> list[str]:
 
 def forward(*arguments: Any) -> Tensor:
     """The op: its tensors, shapes, dtype -> weights ``[B, P]``."""
-    codes, *maps, row_weight, row_bias, shapes, dtype = arguments
+    *maps, row_weight, row_bias, shapes, dtype = arguments
+    codes, fc_weight, fc_bias, mix_weight, mix_bias = (x.to(torch.float32) for x in maps)
     out = empty(codes.shape[0], flat_size(shapes), dtype=dtype)
-    return generate(codes, *(x.to(codes.dtype) for x in maps), Rows(row_weight, row_bias, packed=False), shapes, out)
+    rows = Rows(row_weight, row_bias, packed=False)
+    return generate(codes, fc_weight, fc_bias, mix_weight, mix_bias, rows, shapes, out)
 
 
 def backward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -166,7 +169,7 @@ def backward(*arguments: Any) -> tuple[Tensor, ...]:
     By the chain rule, layer by layer; what is cheap (the features) is computed again, not kept.
     """
     d_flat, *tensors, shapes = arguments
-    codes, fc_weight, fc_bias, mix_weight, mix_bias, row_weight, row_bias = (x.float() for x in tensors)
+    codes, fc_weight, fc_bias, mix_weight, mix_bias, row_weight, _ = (x.float() for x in tensors)
     batch, hidden = codes.shape[0], mix_weight.shape[2]
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
     d_codes, d_fc_weight, d_fc_bias, d_mix_weight, d_mix_bias, d_row_weight, d_row_bias = gradients

@@ -6,6 +6,8 @@ They exist whether the extension is there or not; the implementations are beside
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -74,6 +76,11 @@ torch.library.define(
     "pudnet::layer_recurrence",
     f"({_RECURRENCE_TENSORS}, float alpha, bool normalise_state, bool save) -> "
     "(Tensor codes, Tensor saved, Tensor saved_e)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "pudnet::layer_recurrence_native",  # forward only
+    f"({_RECURRENCE_TENSORS}, float alpha, bool normalise_state) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
@@ -172,3 +179,10 @@ def _empty_recurrence_gradients(
 ) -> tuple[Tensor, ...]:
     parameters = (start, weight_ih, weight_hh, bias_ih, bias_hh, out_weight, out_bias, state_norm_weight)
     return _empty_gradients((state, *parameters, state_norm_bias, code_norm_weight, code_norm_bias))
+
+
+@torch.library.register_fake("pudnet::layer_recurrence_native")
+def _empty_native_codes(*arguments: Any) -> Tensor:
+    state, code_norm_weight = arguments[0], arguments[10]
+    codes: Tensor = state.new_empty((state.shape[0], code_norm_weight.shape[0], state.shape[2]))
+    return codes

@@ -10,7 +10,7 @@ from torch import Tensor
 import pudnet.ops._schemas  # noqa: F401 - defines torch.ops.pudnet
 from pudnet import backends
 from pudnet.errors import ShapeError, message
-from pudnet.ops import reference
+from pudnet.ops import _native_recurrence, reference
 
 
 def layer_recurrence(
@@ -74,7 +74,8 @@ def layer_recurrence(
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     from pudnet.kernels.layer_recurrence import launch_layer_recurrence_fwd
 
-    return launch_layer_recurrence_fwd(*arguments)
+    outputs: tuple[Tensor, Tensor, Tensor] = launch_layer_recurrence_fwd(*arguments)
+    return outputs
 
 
 @torch.library.impl("pudnet::layer_recurrence_backward", ("cpu", "cuda"))
@@ -116,10 +117,18 @@ def _why_not_triton(width: int, layers: int, dtypes: tuple[str, ...], device: st
     from pudnet.kernels.layer_recurrence import why_not
 
     processors = torch.cuda.get_device_properties(index).multi_processor_count if device == "cuda" else None
-    return why_not(width, layers, dtypes, processors)
+    reasons: list[str] = why_not(width, layers, dtypes, processors)
+    return reasons
 
 
 _why_not_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in backends.py
 
 backends.register_op("layer_recurrence", reference.layer_recurrence)
 backends.register("layer_recurrence", "triton", _run_triton, devices=("cpu", "cuda"), why_not=why_not_triton)
+backends.register(
+    "layer_recurrence",
+    "native",
+    torch.ops.pudnet.layer_recurrence_native.default,
+    devices=("cpu",),
+    why_not=_native_recurrence.why_not,
+)
