@@ -9,6 +9,7 @@ from pudnet._version import __version__
 
 _PUBLIC = {
     "PudNet": "pudnet.models.pudnet",
+    "GHN": "pudnet.models.ghn",
     "Sketch": "pudnet.sketch",
     "SketchBuilder": "pudnet.sketch",
     "Predictor": "pudnet.predictor",

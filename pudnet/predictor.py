@@ -324,7 +324,7 @@ class Predictor:
             InputError: there is no such file, name or repository.
             CheckpointError: the file is damaged, of another version, or not a hypernetwork.
         """
-        path = _find_checkpoint(name)
+        path = find_checkpoint(name)
         net = PudNet.load(path, target=target)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         return cls(net, device=device, origin={"checkpoint": str(name), "sha256": digest})
@@ -505,9 +505,12 @@ def list_pretrained() -> list[str]:
     return sorted(path.stem for path in PRETRAINED.glob("*.safetensors"))
 
 
-def _find_checkpoint(name: str | os.PathLike[str]) -> Path:
-    """The file behind a path, a bundled name or a Hub id, tried in this order."""
-    where = "Predictor.from_pretrained"
+def find_checkpoint(name: str | os.PathLike[str], where: str = "Predictor.from_pretrained") -> Path:
+    """The file behind a path, a bundled name or a Hub id, tried in this order.
+
+    Raises:
+        InputError: there is none; ``where`` is who says so.
+    """
     text = os.fspath(name)
     path = Path(text)
     if path.is_dir() and (path / HUB_FILE).is_file():

@@ -217,7 +217,8 @@ class GHN(nn.Module):
         else:
             memory = self._checked(prepared.plan, out)
         states = self.node_states(prepared, embedding)
-        return self._named(prepared, self.decoder(states, prepared.plan, memory))[0]
+        self.decoder.write(states, prepared.plan, memory)
+        return self._named(prepared, memory)[0]
 
     def _checked(self, plan: Plan, out: Mapping[str, Tensor]) -> list[Tensor]:
         where, names = "GHN.generate", plan.names[0]
@@ -306,7 +307,7 @@ class GHN(nn.Module):
         """
         from pudnet.predictor import find_checkpoint
 
-        ghn = cls.load(find_checkpoint(name))
+        ghn = cls.load(find_checkpoint(name, "GHN.from_pretrained"))
         return ghn if device is None else ghn.to(device)
 
 

@@ -4,35 +4,48 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pudnet import ops
 from pudnet.graphs.graph import ArchGraph, GraphParameter, Shape4
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One parameter: ``index`` among all of the plan, shape as stored, and the shape (O, I, kH, kW) it is decoded in."""
+    """One parameter: ``index`` among all of the plan, and how its block becomes it.
+
+    Attributes:
+        stored: shape as the module stores it.
+        decoded: shape to tile to: (O, I, kH, kW), or (1, c, 1, 1) for what has one dimension.
+        kernel: height and width of its block.
+        is_sequence: a position table stored (n, c) or (1, n, c).
+    """
 
     index: int
     stored: tuple[int, ...]
     decoded: Shape4
+    kernel: tuple[int, int]
     kind: str
     transposed: bool
+    is_sequence: bool
+
+    @property
+    def simple(self) -> bool:
+        """Stored as it is tiled."""
+        return not (self.transposed or self.is_sequence or self.kernel != self.decoded[2:])
 
 
 @dataclass(frozen=True)
 class Group:
-    """Weights whose blocks have one size, so that they are decoded together."""
+    """Weights whose blocks have one size."""
 
-    block: Shape4  # o, i, kh, kw: at most 2D, 2D, s, s
+    kernel: tuple[int, int]
     nodes: Tensor  # [n]
-    scale: Tensor  # [n] of the normalisation
     slots: tuple[Slot, ...]
 
 
@@ -43,16 +56,16 @@ class Plan:
     Attributes:
         names: of the parameters of each graph, in ``named_parameters()`` order; they are numbered through.
         shapes: of all parameters, as stored.
-        groups: weights and position tables.
+        families: weights and position tables, by the channels (o, i) of their blocks, at most (2D, 2D).
         vector_nodes: nodes that own one-dimensional parameters ``[n]``.
-        vectors: those parameters, each with the row of its node.
+        vectors: those parameters, each with its row among the ``2n`` decoded from these nodes.
         classifier_nodes: nodes of the classifiers' weights and of their biases ``[n, 2]``.
         classifiers: their (weight, bias).
     """
 
     names: tuple[tuple[str, ...], ...]
     shapes: tuple[tuple[int, ...], ...]
-    groups: tuple[Group, ...]
+    families: dict[tuple[int, int], tuple[Group, ...]]
     vector_nodes: Tensor
     vectors: tuple[tuple[Slot, int], ...]
     classifier_nodes: Tensor
@@ -62,12 +75,13 @@ class Plan:
         """Itself on ``device``."""
         if self.vector_nodes.device == device:
             return self
-        groups = tuple(
-            Group(group.block, group.nodes.to(device), group.scale.to(device), group.slots) for group in self.groups
-        )
+        families = {
+            channels: tuple(Group(group.kernel, group.nodes.to(device), group.slots) for group in groups)
+            for channels, groups in self.families.items()
+        }
         vector_nodes, classifier_nodes = self.vector_nodes.to(device), self.classifier_nodes.to(device)
         return dataclasses.replace(
-            self, groups=groups, vector_nodes=vector_nodes, classifier_nodes=classifier_nodes
+            self, families=families, vector_nodes=vector_nodes, classifier_nodes=classifier_nodes
         )
 
 
@@ -84,32 +98,6 @@ def tile(block: Tensor, shape: Sequence[int]) -> Tensor:
     repeats = (-(-out // block.shape[0]), -(-inputs // block.shape[1]), *[1] * (block.ndim - 2))
     tiled = block.repeat(repeats) if max(repeats) > 1 else block
     return tiled[:out, :inputs]
-
-
-def tile_into(target: Tensor, block: Tensor) -> None:
-    """``target.copy_(tile(block, target.shape))`` in long runs: one band of rows first, then copies of the band.
-
-    Args:
-        target: ``[O, I, kH, kW]``, contiguous.
-        block: ``[o, i, kH, kW]``, contiguous; not larger than ``target``.
-    """
-    rows, inputs = block.shape[:2]
-    spatial = block.shape[2] * block.shape[3]
-    run = inputs * spatial
-    flat = target.view(target.shape[0], -1)  # [O, I * kH * kW]
-    band, source = flat[:rows], block.view(rows, run)
-    whole, rest = divmod(flat.shape[1], run)
-    if whole == 1:
-        band[:, :run] = source
-    else:
-        band[:, : whole * run].unflatten(1, (whole, run)).copy_(source[:, None])
-    if rest:
-        band[:, whole * run :] = source[:, :rest]
-    whole, rest = divmod(len(flat), rows)
-    if whole > 1:
-        flat[rows : whole * rows].unflatten(0, (whole - 1, rows)).copy_(band)
-    if rest:
-        flat[whole * rows :] = band[:rest]
 
 
 class TilingDecoder(nn.Module):
@@ -146,7 +134,7 @@ class TilingDecoder(nn.Module):
     def plan(self, graphs: Sequence[ArchGraph]) -> Plan:
         """Sort the parameters of ``graphs`` into groups that are decoded together."""
         most = 2 * self.width
-        grouped: dict[Shape4, list[tuple[int, Slot]]] = defaultdict(list)
+        grouped: dict[tuple[int, int], dict[tuple[int, int], list[tuple[int, Slot]]]] = {}
         rows: dict[int, int] = {}
         vectors, classifiers, classifier_nodes = [], [], []
         offset = index = 0
@@ -154,37 +142,46 @@ class TilingDecoder(nn.Module):
             classifier = self._classifier(graph)
             ends = {}
             for parameter in graph.parameters:
-                node = offset + parameter.node
-                shape = graph.nodes[parameter.node].shape
-                assert shape is not None  # a node that owns a parameter has one
-                slot = Slot(index, parameter.shape, shape, parameter.kind, parameter.transposed)
+                node, slot = offset + parameter.node, self._slot(graph, parameter, index)
                 index += 1
                 if parameter in classifier:
                     ends[parameter.kind] = (node, slot)
                 elif parameter.kind in ("weight", "table"):
-                    o, i, kh, kw = shape
-                    block = (min(o, most), min(i, most), min(kh, self.largest), min(kw, self.largest))
-                    grouped[block].append((node, slot))
+                    channels = (min(slot.decoded[0], most), min(slot.decoded[1], most))
+                    grouped.setdefault(channels, {}).setdefault(slot.kernel, []).append((node, slot))
                 else:
-                    vectors.append((slot, rows.setdefault(node, len(rows))))
+                    row = 2 * rows.setdefault(node, len(rows)) + (parameter.kind == "bias")
+                    vectors.append((slot, row))
             if ends:
                 classifier_nodes.append([ends["weight"][0], ends["bias"][0]])
                 classifiers.append((ends["weight"][1], ends["bias"][1]))
             offset += len(graph.nodes)
-        groups = []
-        for block, members in grouped.items():
-            nodes, slots = zip(*members, strict=True)
-            scale = [self._scale(slot) for slot in slots]
-            groups.append(Group(block, torch.tensor(nodes), torch.tensor(scale), slots))
+        families = {
+            channels: tuple(
+                Group(kernel, torch.tensor([node for node, _ in members]), tuple(slot for _, slot in members))
+                for kernel, members in kernels.items()
+            )
+            for channels, kernels in grouped.items()
+        }
         return Plan(
             tuple(tuple(parameter.name for parameter in graph.parameters) for graph in graphs),
             tuple(parameter.shape for graph in graphs for parameter in graph.parameters),
-            tuple(groups),
+            families,
             torch.tensor(list(rows), dtype=torch.int64),
             tuple(vectors),
             torch.tensor(classifier_nodes, dtype=torch.int64).view(-1, 2),
             tuple(classifiers),
         )
+
+    def _slot(self, graph: ArchGraph, parameter: GraphParameter, index: int) -> Slot:
+        shape = graph.nodes[parameter.node].shape
+        assert shape is not None  # a node that owns a parameter has one
+        stored, kind = parameter.shape, parameter.kind
+        if kind in ("scale", "bias"):
+            shape = (1, math.prod(stored), 1, 1)
+        kernel = (min(shape[2], self.largest), min(shape[3], self.largest))
+        is_sequence = kind == "table" and (len(stored) == 2 or (len(stored) == 3 and stored[0] == 1))
+        return Slot(index, stored, shape, kernel, kind, parameter.transposed, is_sequence)
 
     def _classifier(self, graph: ArchGraph) -> tuple[GraphParameter, ...]:
         """Weight and bias of the classifier: the last two nodes, where the graph ends in a linear map to the classes."""
@@ -200,32 +197,48 @@ class TilingDecoder(nn.Module):
     def _scale(self, slot: Slot) -> float:
         return fan_in_scale(slot.decoded) if self.normalise and slot.kind == "weight" else 1.0
 
-    def forward(self, states: Tensor, plan: Plan, out: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """Decode all parameters of ``plan`` from node states ``[N, D]``; in its order, in their stored shapes.
+    def forward(self, states: Tensor, plan: Plan) -> list[Tensor]:
+        """Decode all parameters of ``plan`` from node states ``[N, D]``; in its order and shapes; differentiable."""
+        found: dict[int, Tensor] = {}
+        for slot, block, scale in self._decoded(states, plan):
+            found[slot.index] = _placed(slot, block * scale)
+        return [found[index] for index in range(len(plan.shapes))]
 
-        Args:
-            out: tensors of these shapes to write into (then without gradient); None for new ones.
-        """
-        found: list[Tensor | None] = list(out) if out is not None else [None] * len(plan.shapes)
+    def write(self, states: Tensor, plan: Plan, out: Sequence[Tensor]) -> None:
+        """As ``forward``, into ``out``; without gradient."""
+        simple, scales, blocks = [], [], []
+        for slot, block, scale in self._decoded(states, plan):
+            if slot.simple and out[slot.index].is_contiguous():
+                simple.append(slot)
+                blocks.append(block)
+                scales.append(scale)
+            else:
+                out[slot.index].copy_(_placed(slot, block * scale))
+        ops.tile_weights(blocks, scales, [slot.decoded[:2] for slot in simple], [out[slot.index] for slot in simple])
 
-        def put(slot: Slot, block: Tensor) -> None:
-            found[slot.index] = _placed(slot, block, found[slot.index])
-
-        for group in plan.groups:
-            for slot, block in zip(group.slots, self._blocks(states, group), strict=True):
-                put(slot, block)
+    def _decoded(self, states: Tensor, plan: Plan) -> Iterator[tuple[Slot, Tensor, float]]:
+        """Each parameter's block ``[kH * kW, o, i]``, and the factor it still needs."""
+        for (o, i), groups in plan.families.items():
+            features = [self._features(states[group.nodes], *group.kernel) for group in groups]
+            # One product for all kernel sizes: the last map is nearly all of the work.
+            weight, bias = self.block_weight[:o, :i].flatten(0, 1), self.block_bias[:o, :i].flatten()
+            blocks = F.linear(torch.cat(features), weight, bias).view(-1, o, i)
+            positions = [math.prod(group.kernel) for group in groups for _ in group.slots]
+            slots = [slot for group in groups for slot in group.slots]
+            for slot, block in zip(slots, blocks.split(positions), strict=True):
+                yield slot, block, self._scale(slot)
         if plan.vectors:
-            pair = self._vectors(states[plan.vector_nodes])  # [n, 2, 2D]
+            rows = self._vectors(states[plan.vector_nodes])  # [n, 2, 2D]
             if self.normalise:
-                pair = torch.stack([2 * torch.sigmoid(0.5 * pair[:, 0]), torch.tanh(0.2 * pair[:, 1])], dim=1)
+                rows = torch.stack([2 * torch.sigmoid(0.5 * rows[:, 0]), torch.tanh(0.2 * rows[:, 1])], dim=1)
+            parts = rows.view(-1, 1, 1, rows.shape[2]).unbind()  # 2n of [1, 1, 2D]
             for slot, row in plan.vectors:
-                put(slot, pair[row, 0 if slot.kind == "scale" else 1].view(-1, 1, 1, 1))
+                yield slot, parts[row], 1.0
         if plan.classifiers:
             weights, biases = self._classifiers(states[plan.classifier_nodes])
-            for (weight, bias), matrix, vector in zip(plan.classifiers, weights, biases, strict=True):
-                put(weight, (matrix * self._scale(weight))[:, :, None, None])
-                put(bias, vector.view(-1, 1, 1, 1))
-        return [tensor for tensor in found if tensor is not None]
+            for (weight_slot, bias_slot), matrix, vector in zip(plan.classifiers, weights, biases, strict=True):
+                yield weight_slot, matrix[None], self._scale(weight_slot)
+                yield bias_slot, vector[None, None], 1.0
 
     def _features(self, states: Tensor, height: int, width: int) -> Tensor:
         """What the last map reads at each position of a kernel: ``[n, D] -> [n * kH * kW, 8D]``.
@@ -236,15 +249,6 @@ class TilingDecoder(nn.Module):
         bias = self.fc_bias[:, :height, :width].permute(1, 2, 0).flatten()
         hidden = F.relu(F.linear(states, weight, bias)).view(-1, self.mix_weight.shape[1])
         return F.relu(F.linear(hidden, self.mix_weight, self.mix_bias))
-
-    def _blocks(self, states: Tensor, group: Group) -> Tensor:
-        """Blocks of one group, normalised ``[n, o, i, kH, kW]``."""
-        o, i, height, width = group.block
-        features = self._features(states[group.nodes], height, width)
-        weight, bias = self.block_weight[:o, :i].flatten(0, 1), self.block_bias[:o, :i].flatten()
-        blocks = F.linear(features, weight, bias).view(-1, height * width, o, i)
-        blocks = blocks.permute(0, 2, 3, 1) * group.scale[:, None, None, None]  # [n, o, i, kH * kW]
-        return blocks.unflatten(3, (height, width))
 
     def _vectors(self, states: Tensor) -> Tensor:
         """``[n, D] -> [n, 2, 2D]``: raw weights of norms, raw biases."""
@@ -263,19 +267,14 @@ class TilingDecoder(nn.Module):
         return weights, torch.tanh(0.2 * biases) if self.normalise else biases
 
 
-def _placed(slot: Slot, block: Tensor, out: Tensor | None) -> Tensor:
-    """The parameter of ``slot`` from its block ``[o, i, kH, kW]``, in ``out`` where there is one."""
-    if block.shape[2:] != slot.decoded[2:]:  # a kernel larger than s is stretched
-        block = F.interpolate(block, slot.decoded[2:], mode="bilinear", align_corners=False)
-    table = slot.kind == "table" and (len(slot.stored) == 2 or (len(slot.stored) == 3 and slot.stored[0] == 1))
-    if out is not None and not table and not slot.transposed and out.is_contiguous():
-        o, i = slot.decoded[:2]
-        tile_into(out.view(slot.decoded), block[:o, :i].contiguous())
-        return out
-    tiled = tile(block, slot.decoded)
-    if table:  # (1, c, h, w) -> (n, c)
-        tiled = tiled.flatten(2)[0, :, : slot.stored[-2]].t()
+def _placed(slot: Slot, block: Tensor) -> Tensor:
+    """The parameter of ``slot`` from its block ``[kH * kW, o, i]``; differentiable."""
+    kernel = block.permute(1, 2, 0).unflatten(2, slot.kernel)  # [o, i, kH, kW]
+    if slot.kernel != slot.decoded[2:]:  # a kernel larger than s is stretched
+        kernel = F.interpolate(kernel, slot.decoded[2:], mode="bilinear", align_corners=False)
+    tiled = tile(kernel, slot.decoded)
+    if slot.is_sequence:
+        tiled = tiled.flatten(2)[0, :, : slot.stored[-2]].t()  # (1, c, h, w) -> (n, c)
     elif slot.transposed:
         tiled = tiled.flatten(1).t()
-    tiled = tiled.reshape(slot.stored)
-    return tiled if out is None else out.copy_(tiled)
+    return tiled.reshape(slot.stored)

@@ -4,5 +4,15 @@ from pudnet.ops.dataset_stats import ClassStats, ImageStats, class_stats, image_
 from pudnet.ops.generate_weights import generate_weights
 from pudnet.ops.graph_recurrence import graph_recurrence
 from pudnet.ops.layer_recurrence import layer_recurrence
+from pudnet.ops.tile_weights import tile_weights
 
-__all__ = ["ClassStats", "ImageStats", "class_stats", "generate_weights", "graph_recurrence", "image_stats", "layer_recurrence"]
+__all__ = [
+    "ClassStats",
+    "ImageStats",
+    "class_stats",
+    "generate_weights",
+    "graph_recurrence",
+    "image_stats",
+    "layer_recurrence",
+    "tile_weights",
+]

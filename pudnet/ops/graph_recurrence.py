@@ -6,9 +6,16 @@ from torch import Tensor
 
 from pudnet import backends
 from pudnet.errors import ShapeError, message
-from pudnet.ops import reference
+from pudnet.ops import _native_graphs, reference
 
 backends.register_op("graph_recurrence", reference.graph_recurrence)
+backends.register(
+    "graph_recurrence",
+    "native",
+    _native_graphs.graph_recurrence,
+    devices=("cpu",),
+    why_not=_native_graphs.why_not_graph_recurrence,
+)
 
 
 def graph_recurrence(

@@ -133,6 +133,20 @@ def graph_recurrence(
     return torch.cat(visited)
 
 
+def tile_weights(
+    blocks: list[Tensor],  # each [kH * kW, o, i]
+    scales: list[float],
+    sizes: list[tuple[int, int]],  # O, I of each target
+    targets: list[Tensor],  # each of O * I * kH * kW elements, in the order [O, I, kH * kW]
+) -> None:
+    """Fill targets with repeated blocks (GHN-2, decoder): target[a, b, k] = scale * block[k, a mod o, b mod i]."""
+    for block, scale, (out, inputs), target in zip(blocks, scales, sizes, targets, strict=True):
+        spatial, rows, columns = block.shape
+        kernel = (block * scale).permute(1, 2, 0)[:out, :inputs]  # [o, i, kH * kW]
+        repeats = (-(-out // rows), -(-inputs // columns), 1)
+        target.copy_(kernel.repeat(repeats)[:out, :inputs].reshape(target.shape))
+
+
 def _index_by_class(op: str, labels: Tensor, num_classes: int) -> Tensor:
     """Labels with -1 replaced by ``num_classes``, the row that gathers what belongs to no class: ``[n] -> [n]``."""
     # On a GPU looking would wait for it, and index_add_ asserts by itself; a compiler cannot look at all.
