@@ -14,6 +14,7 @@
 #include "device.h"
 #include "generate_weights.h"
 #include "layer_recurrence.h"
+#include "module_graphs.h"
 
 namespace py = pybind11;
 
@@ -154,6 +155,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native code of pudnet; see csrc/. Call it through pudnet.ops.";
   m.def("build_info", &build_info);
+  bind_graphs(m);
   using address = std::uintptr_t;
   using std::int64_t;
   using doubles = const std::vector<double>&;
