@@ -14,12 +14,12 @@ INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    """``acc + a @ b`` for blocks of one dtype, summed in float32. PRECISION counts for float32: "tf32x3" or "tf32"."""
+def dot(a, b, acc):
+    """``acc + a @ b`` for blocks of one dtype, summed in float32; float32 factors keep their precision (3xTF32)."""
     if INTERPRET:
         return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
+        return tl.dot(a, b, acc, input_precision="tf32x3")
 
 
 @triton.jit

@@ -32,6 +32,7 @@ from pudnet.kernels.blocks import dot, gelu, gelu_slope, ready
 
 ROWS_PER_TILE = 128
 PAIRS_PER_BLOCK = 16
+TILES_PER_BLOCK = 32
 TILE_COLUMNS = 9
 POSITION_COLUMNS = 6
 ROWS_FWD_WARPS, ROWS_BWD_WARPS, FEATURES_BWD_WARPS = 4, 8, 4
@@ -107,7 +108,6 @@ def _pairs(p_table, p_features, i_tile, start, batch, positions, C: tl.constexpr
 def _rows_fwd(
     p_features, p_row_weight, p_row_bias, p_table, p_out, i_tile, batch, positions, out_stride,
     C: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, VECTOR: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     row, in_rows, o_out, inputs = _tile(p_table, i_tile, BM, VECTOR)
     spatial = tl.load(p_table + i_tile * 9 + 4)
@@ -123,10 +123,10 @@ def _rows_fwd(
         if weight.dtype == tl.bfloat16:
             high = feature.to(tl.bfloat16)
             low = (feature - high.to(tl.float32)).to(tl.bfloat16)
-            out = dot(high, weight, out, PRECISION)
-            out = dot(low, weight, out, PRECISION)
+            out = dot(high, weight, out)
+            out = dot(low, weight, out)
         else:
-            out = dot(feature, weight, out, PRECISION)
+            out = dot(feature, weight, out)
         o_start = b.to(tl.int64) * (out_stride * VECTOR) + k * inputs  # [BP]
         mask = exists[:, None] & in_rows[None, :]
         tl.store(p_out + o_start[:, None] + o_out[None, :], out.to(p_out.dtype.element_ty), mask=mask)
@@ -148,18 +148,17 @@ def generate_rows_fwd_kernel(
     BM: tl.constexpr,
     BP: tl.constexpr,
     VECTOR: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     i_tile = tl.program_id(0)
     if tl.load(p_table + i_tile * 9 + 7) != 0:
         _rows_fwd(
             p_features, p_row_weight, p_row_bias, p_table, p_out, i_tile, batch, positions, wide_stride,
-            C, BC, BM, BP, VECTOR, PRECISION,
+            C, BC, BM, BP, VECTOR,
         )  # fmt: skip
     else:
         _rows_fwd(
             p_features, p_row_weight, p_row_bias, p_table, p_out, i_tile, batch, positions, out_stride,
-            C, BC, BM, BP, 1, PRECISION,
+            C, BC, BM, BP, 1,
         )  # fmt: skip
 
 
@@ -168,7 +167,6 @@ def _rows_bwd(
     p_d_out, p_features, p_row_weight, p_table, p_shares, p_d_row_weight, p_d_row_bias,
     i_tile, batch, positions, out_stride,
     C: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, VECTOR: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     row, in_rows, o_out, inputs = _tile(p_table, i_tile, BM, VECTOR)
     spatial = tl.load(p_table + i_tile * 9 + 4)
@@ -186,9 +184,9 @@ def _rows_bwd(
         o_start = b.to(tl.int64) * (out_stride * VECTOR) + k * inputs  # [BP]
         mask = exists[:, None] & in_rows[None, :]
         d_out = tl.load(p_d_out + o_start[:, None] + o_out[None, :], mask=mask, other=0).to(tl.float32)  # [BP, BM]
-        d_weight = dot(tl.trans(d_out), feature, d_weight, PRECISION)
+        d_weight = dot(tl.trans(d_out), feature, d_weight)
         d_bias += tl.sum(d_out, axis=0)
-        share = dot(d_out, weight, tl.zeros([BP, BC], tl.float32), PRECISION)
+        share = dot(d_out, weight, tl.zeros([BP, BC], tl.float32))
         o_share = (first_share + start + tl.arange(0, BP)) * C
         tl.store(p_shares + o_share[:, None] + o_c[None, :], share, mask=exists[:, None] & in_c[None, :])
     mask = in_rows[:, None] & in_c[None, :]
@@ -214,18 +212,17 @@ def generate_rows_bwd_kernel(
     BM: tl.constexpr,
     BP: tl.constexpr,
     VECTOR: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     i_tile = tl.program_id(0)
     if tl.load(p_table + i_tile * 9 + 7) != 0:
         _rows_bwd(
             p_d_out, p_features, p_row_weight, p_table, p_shares, p_d_row_weight, p_d_row_bias,
-            i_tile, batch, positions, wide_stride, C, BC, BM, BP, VECTOR, PRECISION,
+            i_tile, batch, positions, wide_stride, C, BC, BM, BP, VECTOR,
         )  # fmt: skip
     else:
         _rows_bwd(
             p_d_out, p_features, p_row_weight, p_table, p_shares, p_d_row_weight, p_d_row_bias,
-            i_tile, batch, positions, out_stride, C, BC, BM, BP, 1, PRECISION,
+            i_tile, batch, positions, out_stride, C, BC, BM, BP, 1,
         )  # fmt: skip
 
 
@@ -455,14 +452,12 @@ def launch_generate_weights_fwd(
     row_bias: Tensor,  # [R]
     shapes: tuple[int, ...],
     out_dtype: torch.dtype,
-    tf32: bool = False,
 ) -> Tensor:
     """All generated weights ``[B, P]``, each layer in the order ``[O, kH, kW, I]``.
 
     Args:
         shapes: O, I, kH, kW of each layer; the other arguments are those of the op of this name.
         out_dtype: float32 or bfloat16.
-        tf32: round the factors of float32 products to TF32.
     """
     batch, width, hidden = codes.shape[0], codes.shape[2], mix_weight.shape[2]
     vector = 16 // out_dtype.itemsize
@@ -471,8 +466,7 @@ def launch_generate_weights_fwd(
     out = torch.empty(batch, table.size, dtype=out_dtype, device=codes.device)
     generate_rows_fwd_kernel[(len(table.tiles),)](
         features, ready(row_weight), ready(row_bias), table.tiles, out, batch, features.shape[1], table.size,
-        table.size // vector, **sizes(width, hidden)[1], VECTOR=vector, PRECISION="tf32" if tf32 else "tf32x3",
-        num_warps=ROWS_FWD_WARPS,
+        table.size // vector, **sizes(width, hidden)[1], VECTOR=vector, num_warps=ROWS_FWD_WARPS,
     )  # fmt: skip
     return out
 
@@ -499,7 +493,6 @@ def launch_generate_weights_bwd(
     row_weight: Tensor,
     row_bias: Tensor,
     shapes: tuple[int, ...],
-    tf32: bool = False,
 ) -> GeneratorGradients:
     """Gradients of all tensor arguments of ``launch_generate_weights_fwd``; the features are computed again."""
     batch, layers, width = codes.shape
@@ -521,13 +514,13 @@ def launch_generate_weights_bwd(
     d_row_bias = torch.empty_like(row_bias, memory_format=torch.contiguous_format)
     generate_rows_bwd_kernel[(len(table.tiles),)](
         d_out, features, ready(row_weight), table.tiles, shares, d_row_weight, d_row_bias, batch, positions, table.size,
-        table.size // vector, **row_sizes, VECTOR=vector, PRECISION="tf32" if tf32 else "tf32x3",
-        num_warps=ROWS_BWD_WARPS,
+        table.size // vector, **row_sizes, VECTOR=vector, num_warps=ROWS_BWD_WARPS,
     )  # fmt: skip
     d_features = empty(batch, positions, 2 * hidden)
     generate_shares_bwd_kernel[(positions, batch)](
-        shares, table.positions, d_features, batch, positions, C=2 * hidden, BC=row_sizes["BC"], BT=32, num_warps=1
-    )
+        shares, table.positions, d_features, batch, positions,
+        C=2 * hidden, BC=row_sizes["BC"], BT=TILES_PER_BLOCK, num_warps=1,
+    )  # fmt: skip
     d_inner = empty(batch, positions, hidden)
     mix_shares, mix_bias_shares = empty(positions, 2 * hidden, hidden), empty(positions, 2 * hidden)
     d_fc_weight, d_fc_bias = torch.empty_like(fc_weight), torch.empty_like(fc_bias)

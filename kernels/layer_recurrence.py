@@ -28,6 +28,8 @@ from pudnet.kernels.blocks import INTERPRET, ready, tanh
 
 WARPS = 8
 LARGEST_WIDTH = 256
+# Without maxnreg, ptxas spills a little to fit two programs on a multiprocessor, which nothing here needs.
+OPTIONS = {"num_warps": WARPS, "maxnreg": 224, "launch_cooperative_grid": True}
 EPSILON = 1e-5  # of torch.nn.functional.layer_norm
 
 
@@ -421,7 +423,7 @@ def launch_layer_recurrence_fwd(
     parameters += (state_norm_bias, code_norm_weight, code_norm_bias)
     layer_recurrence_fwd_kernel[(programs,)](
         ready(state), *(ready(x) for x in parameters), words, saved, saved_e, codes, batch, steps, slices, 0, alpha,
-        **sizes(width), NORMALISE=normalise_state, SAVE=save, num_warps=WARPS, launch_cooperative_grid=True,
+        **sizes(width), NORMALISE=normalise_state, SAVE=save, **OPTIONS,
     )  # fmt: skip
     return codes, saved, saved_e
 
@@ -495,7 +497,7 @@ def launch_layer_recurrence_bwd(
         ready((1 - alpha) * d_mixed), ready(state), weight_ih.mT.contiguous(), weight_hh.mT.contiguous(),
         out_weight.mT.contiguous(), ready(state_norm_weight), ready(state_norm_bias), saved, saved_e, words, d_gates,
         d_hidden, d_out, d_state, d_start, batch, steps, slices, 0,
-        **sizes(width), NORMALISE=normalise_state, num_warps=WARPS, launch_cooperative_grid=True,
+        **sizes(width), NORMALISE=normalise_state, **OPTIONS,
     )  # fmt: skip
 
     x = saved[:, :, :, 4]  # [B, L, 2, D]

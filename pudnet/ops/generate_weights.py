@@ -77,7 +77,8 @@ def _forward_triton(*arguments: Any) -> Tensor:
     from pudnet.kernels.generate_weights import launch_generate_weights_fwd
 
     *tensors, shapes, dtype = arguments
-    return launch_generate_weights_fwd(*tensors, tuple(shapes), dtype)
+    weights: Tensor = launch_generate_weights_fwd(*tensors, tuple(shapes), dtype)
+    return weights
 
 
 def _backward_triton(*arguments: Any) -> tuple[Tensor, ...]:
@@ -130,7 +131,8 @@ def why_not_triton(codes: Tensor, *rest: Any) -> list[str]:
 def _why_not_triton(width: int, hidden: int, dtypes: tuple[str, ...]) -> list[str]:
     from pudnet.kernels.generate_weights import why_not
 
-    return why_not(width, hidden, dtypes)
+    reasons: list[str] = why_not(width, hidden, dtypes)
+    return reasons
 
 
 _why_not_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in backends.py
