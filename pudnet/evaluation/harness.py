@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import math
 import os
 import platform
 import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,7 +179,7 @@ def binomial_error(top1: float, n: int) -> float:
 def environment(threads: int) -> dict[str, Any]:
     """Hardware and versions, for the head of every table."""
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads_per_process": threads,
