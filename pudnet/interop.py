@@ -214,8 +214,8 @@ def import_released_ghn2(
 
     Args:
         state_dict: tensors or arrays under the released names.
-        max_shape: largest block the decoder makes, (2D, 2D, s, s); the released networks for CIFAR-10 have s = 11, those
-            for ImageNet 16.
+        max_shape: largest block the decoder makes, (2D, 2D, s, s); for CIFAR-10 the released s is 11, for
+            ImageNet 16.
         num_classes: of the dataset it was trained for.
 
     Returns:

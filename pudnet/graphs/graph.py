@@ -1,8 +1,8 @@
-"""What a graph hypernetwork sees of a network: its operations, how they follow each other, and who owns which parameter."""
+"""What a graph hypernetwork sees of a network: operations, how they follow each other, who owns which parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -118,7 +118,7 @@ class ArchGraph:
         return np.stack([source, destination, distance], axis=1)
 
 
-def longest_paths(neighbours: Sequence[Sequence[int]], order: Sequence[int]) -> NDArray[np.int64]:
+def longest_paths(neighbours: Sequence[Collection[int]], order: Sequence[int]) -> NDArray[np.int64]:
     """1 + the largest value among a node's ``neighbours``, 0 without any, for nodes visited in ``order``."""
     found = [0] * len(neighbours)
     for node in order:
@@ -128,7 +128,7 @@ def longest_paths(neighbours: Sequence[Sequence[int]], order: Sequence[int]) -> 
 
 def assemble(
     nodes: Sequence[GraphNode],
-    predecessors: Sequence[Sequence[int]],
+    predecessors: Sequence[Collection[int]],
     parameters: Sequence[GraphParameter],
     unpredicted: Sequence[str],
     output: Sequence[int],

@@ -101,7 +101,8 @@ class Value(fx.Proxy):
         return len(self.evaluate())
 
     def __iter__(self) -> Iterator[Value]:
-        return iter([self[i] for i in range(len(self.evaluate()))])
+        pick = functools.partial(self.tracer.create_proxy, "call_function", operator.getitem)
+        return iter([pick((self, i), {}) for i in range(len(self))])
 
     def __bool__(self) -> bool:
         return self.tracer.refuse_number("bool")
@@ -120,9 +121,9 @@ class Value(fx.Proxy):
 
     @classmethod
     def __torch_function__(
-        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls, function: Any, types: Any, args: tuple[Any, ...] | None = None, kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        args, kwargs = args or (), kwargs or {}
         tracer = next(value.tracer for value in _values((args, kwargs)))
         return tracer.create_proxy("call_function", function, args, kwargs)
 
@@ -157,7 +158,7 @@ class _Tracer(fx.Tracer):
     """One run of ``trace``."""
 
     def __init__(self, module: nn.Module, input_shape: tuple[int, ...]) -> None:
-        super().__init__(autowrap_modules=())
+        super().__init__(autowrap_modules=(math,))
         self.module, self.input_shape = module, input_shape
         self.nodes: list[GraphNode] = []
         self.predecessors: list[frozenset[int]] = []
@@ -246,7 +247,7 @@ class _Tracer(fx.Tracer):
 
     # What fx calls.
 
-    def create_proxy(  # type: ignore[override]
+    def create_proxy(
         self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *_: Any, **__: Any
     ) -> Any:
         if kind == "placeholder":
@@ -264,7 +265,7 @@ class _Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         return a
 
-    def create_node(self, kind: str, target: Any, args: tuple[Any, ...], *_: Any, **__: Any) -> Any:  # type: ignore[override]
+    def create_node(self, kind: str, target: Any, args: tuple[Any, ...], *_: Any, **__: Any) -> Any:
         if kind == "output":
             self.output = args[0]
         return None
@@ -286,7 +287,7 @@ class _Tracer(fx.Tracer):
         if self.evaluating or next(_values((args, kwargs)), None) is None:
             return forward(*args, **kwargs)
         self.stack.append(self.path_of_module(m))
-        handler = _module_handler(type(m))
+        handler = _module_handler(type(m))  # type: ignore[arg-type]  # a type is hashable
         result = forward(*args, **kwargs) if handler is None else handler(self, m, args, kwargs)
         self.stack.pop()  # not after an error: the path is part of its message
         return result
@@ -468,7 +469,7 @@ def _table_shape(shape: tuple[int, ...]) -> Shape4:
     if len(shape) >= 4:
         return (shape[-4], shape[-3], shape[-2], shape[-1])
     if len(shape) == 3 and shape[0] != 1:
-        return (1, *shape)  # type: ignore[return-value]
+        return (1, *shape)
     n, channels = shape[-2:]
     side = math.isqrt(n - 1) + 1  # the smallest square that holds n positions
     return (1, channels, side, side)
@@ -559,12 +560,12 @@ def _multiply(tracer: _Tracer, record: tuple[Any, ...], args: tuple[Any, ...], k
 
 def _matmul(tracer: _Tracer, record: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
     operands = list(_values((args, kwargs)))
-    if len(operands) == 2 and operands[0].sources and (name := _parameter_of(tracer, operands[1])):
-        if len(tracer.shapes[name]) == 2:
-            weight = operands[1]
-            # x @ W reads W as [I, O]: what is transposed here is a weight stored as layers store theirs.
-            flipped = Value(tracer, weight.record, parameters=weight.parameters, transposed=not weight.transposed)
-            return _weighted(tracer, record, operands[0], flipped, None)
+    name = _parameter_of(tracer, operands[-1])
+    if len(operands) == 2 and operands[0].sources and name and len(tracer.shapes[name]) == 2:
+        weight = operands[1]
+        # x @ W reads W as [I, O]: what is transposed here is a weight stored as layers store theirs.
+        flipped = Value(tracer, weight.record, parameters=weight.parameters, transposed=not weight.transposed)
+        return _weighted(tracer, record, operands[0], flipped, None)
     active = [value for value in operands if value.sources]
     if len(active) < 2 or len(active) < len(operands):
         return tracer.nodeless(record, args, kwargs)
@@ -661,17 +662,21 @@ def _norm(primitive: str, names: str) -> Function:
     return handler
 
 
-NODELESS = """
-abs add_scalar alpha_dropout bernoulli broadcast_to celu clamp clip clone constant_pad_nd contiguous cos detach div
-dropout dropout1d dropout2d dropout3d elu exp expand expand_as feature_alpha_dropout feature_dropout flatten flip float
-fill floordiv gelu getattr glu half hardshrink hardsigmoid hardswish hardtanh interpolate layout leaky_relu log
-log_sigmoid log_softmax logsigmoid masked_fill maximum minimum mish movedim moveaxis neg new_empty new_full new_ones
-new_tensor new_zeros norm normalize ones_like pad pixel_shuffle pixel_unshuffle pow rand_like randn_like reciprocal
-relu relu6 repeat reshape reshape_as roll rot90 rrelu rsqrt rtruediv selu sigmoid silu sin softmax softmin softplus
-softshrink softsign sqrt square squeeze sum tanh tanhshrink tile to true_divide truediv type type_as unflatten unfold
-unsqueeze upsample var view view_as where zeros_like
-cuda cpu double bfloat16 requires_grad vector_norm channel_shuffle eq ne lt le gt ge and or not full_like empty_like
-""".split()
+NODELESS = [
+    "abs", "add_scalar", "alpha_dropout", "bernoulli", "broadcast_to", "celu", "clamp", "clip", "clone",
+    "constant_pad_nd", "contiguous", "cos", "detach", "div", "dropout", "dropout1d", "dropout2d", "dropout3d", "elu",
+    "exp", "expand", "expand_as", "feature_alpha_dropout", "feature_dropout", "flatten", "flip", "float", "fill",
+    "floordiv", "gelu", "getattr", "glu", "half", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "interpolate",
+    "layout", "leaky_relu", "log", "log_sigmoid", "log_softmax", "logsigmoid", "masked_fill", "maximum", "minimum",
+    "mish", "movedim", "moveaxis", "neg", "new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "norm",
+    "normalize", "ones_like", "pad", "pixel_shuffle", "pixel_unshuffle", "pow", "rand_like", "randn_like",
+    "reciprocal", "relu", "relu6", "repeat", "reshape", "reshape_as", "roll", "rot90", "rrelu", "rsqrt", "rtruediv",
+    "selu", "sigmoid", "silu", "sin", "softmax", "softmin", "softplus", "softshrink", "softsign", "sqrt", "square",
+    "squeeze", "sum", "tanh", "tanhshrink", "tile", "to", "true_divide", "truediv", "type", "type_as", "unflatten",
+    "unfold", "unsqueeze", "upsample", "var", "view", "view_as", "where", "zeros_like", "cuda", "cpu", "double",
+    "bfloat16", "requires_grad", "vector_norm", "channel_shuffle", "eq", "ne", "lt", "le", "gt", "ge", "and", "or",
+    "not", "full_like", "empty_like",
+]  # fmt: skip
 
 FUNCTIONS: dict[str, Function] = {
     **dict.fromkeys(NODELESS, _pass),

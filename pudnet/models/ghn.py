@@ -1,7 +1,7 @@
 """GHN-2: an architecture in, all its parameters out, for a dataset fixed in training (arXiv 2110.13100).
 
-It has the shape of PudNet: a GRU walks the layers (here: the nodes of a graph), a generator turns each state into weights.
-``GHN.forward`` is the data path.
+It has the shape of PudNet: a GRU walks the layers (here: the nodes of a graph), a generator turns each state into
+weights. ``GHN.forward`` is the data path.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class GHN(nn.Module):
         return self.decoder.class_bias.device
 
     def prepare(self, graphs: Sequence[ArchGraph]) -> Prepared:
-        """The tensors and the plan of a batch of graphs, for ``forward`` (once for each batch, whatever the weights)."""
+        """The tensors and the plan of a batch of graphs, for ``forward``; they do not depend on the parameters."""
         if not graphs:
             raise InputError(message("GHN.prepare", "graphs", "at least one graph", "an empty sequence"))
         return Prepared(self.encoder.batch(graphs), self.decoder.plan(graphs)).to(self.device)
@@ -212,12 +212,10 @@ class GHN(nn.Module):
             hint = "partial=True predicts the others."
             raise InputError(message("GHN.generate", "module", rule, f"no use of {listed}", hint))
         prepared = self._prepare_one(graph)
-        if out is None:
-            memory = _allocate(prepared.plan.shapes, self.device)
-        else:
-            memory = self._checked(prepared.plan, out)
+        plan = prepared.plan
+        memory = _allocate(plan.shapes, self.device) if out is None else self._checked(plan, out)
         states = self.node_states(prepared, embedding)
-        self.decoder.write(states, prepared.plan, memory)
+        self.decoder.write(states, plan, memory)
         return self._named(prepared, memory)[0]
 
     def _checked(self, plan: Plan, out: Mapping[str, Tensor]) -> list[Tensor]:

@@ -184,7 +184,7 @@ class TilingDecoder(nn.Module):
         return Slot(index, stored, shape, kernel, kind, parameter.transposed, is_sequence)
 
     def _classifier(self, graph: ArchGraph) -> tuple[GraphParameter, ...]:
-        """Weight and bias of the classifier: the last two nodes, where the graph ends in a linear map to the classes."""
+        """Weight and bias of the classifier: the last two nodes, where these are a linear map to the classes."""
         last = len(graph.nodes) - 1
         weight = next((p for p in graph.parameters if p.node == last - 1 and p.kind == "weight"), None)
         bias = next((p for p in graph.parameters if p.node == last and p.kind == "bias"), None)

@@ -120,12 +120,10 @@ class GraphEncoder(nn.Module):
                 primitives.append(PRIMITIVES.index(node.primitive))
                 sizes.append(self._rows(node.shape))
                 owner.append(k)
-        traversals = ()
+        traversals: tuple[Traversal, ...] = ()
         if self.walk is not None:
             traversals = (self._traversal(graphs, False), self._traversal(graphs, True))
-        return GraphBatch(
-            tuple(graphs), torch.tensor(primitives), torch.tensor(sizes), torch.tensor(owner), traversals
-        )
+        return GraphBatch(tuple(graphs), torch.tensor(primitives), torch.tensor(sizes), torch.tensor(owner), traversals)
 
     def _rows(self, shape: tuple[int, int, int, int] | None) -> tuple[int, int, int, int]:
         channel, kernel = self.channels, self.kernels
@@ -178,7 +176,7 @@ class GraphEncoder(nn.Module):
 
 
 class MessagePassing(nn.Module):
-    """The parameters of the gated message passing: V message MLPs (1-hop, virtual) and one GRU cell for both directions.
+    """The parameters of the gated message passing: V message MLPs (1-hop, virtual), one GRU cell for both directions.
 
     Args:
         width: D.
@@ -210,5 +208,3 @@ class MessagePassing(nn.Module):
             states, traversal.edges, traversal.level_sizes, self.message_in_weight, self.message_in_bias,
             self.message_out_weight, self.message_out_bias, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh,
         )  # fmt: skip
-
-

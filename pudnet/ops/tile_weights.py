@@ -1,4 +1,4 @@
-"""The op ``tile_weights``: blocks of generated weights -> whole parameters, written into memory that is there already."""
+"""The op ``tile_weights``: blocks of generated weights -> whole parameters, written into memory that is there."""
 
 from __future__ import annotations
 
@@ -43,6 +43,4 @@ def tile_weights(
         if target.numel() != out * inputs * block.shape[0]:
             rule = f"{out} x {inputs} x {block.shape[0]} elements"
             raise ShapeError(message("tile_weights", "targets", rule, list(target.shape)))
-    backends.call(
-        "tile_weights", targets[0].device, backend, list(blocks), list(scales), list(sizes), list(targets)
-    )
+    backends.call("tile_weights", targets[0].device, backend, list(blocks), list(scales), list(sizes), list(targets))

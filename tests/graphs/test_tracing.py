@@ -77,9 +77,7 @@ def test_functional_calls_give_the_same_graph_as_modules() -> None:
         return F.linear(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1), net.v, bias=net.c)
 
     net = Net(functional, w=parameter(8, 3, 3, 3), g=parameter(8), b=parameter(8), v=parameter(10, 8), c=parameter(10))
-    modules = nn.Sequential(
-        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.MaxPool2d(2), nn.AvgPool2d(2), head()
-    )
+    modules = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.MaxPool2d(2), nn.AvgPool2d(2), head())
     graph, reference = trace(net), trace(modules)
     assert primitives(graph) == primitives(reference) and graph.edges == reference.edges
     assert [node.shape for node in graph.nodes] == [node.shape for node in reference.nodes]
@@ -90,7 +88,8 @@ def test_a_mean_over_positions_is_a_pooling_and_one_over_channels_is_not() -> No
     for reduce in (lambda x: x.mean([2, 3]), lambda x: x.mean((-2, -1)), lambda x: torch.mean(x, dim=(2, 3))):
         net = Net(lambda net, x, reduce=reduce: reduce(net.c(x)), c=nn.Conv2d(3, 8, 3))
         assert primitives(trace(net)) == ["input", "conv", "bias", "glob_avg"]
-    channels = Net(lambda net, x: net.c(x) - net.c2(x).mean(1, keepdim=True), c=nn.Conv2d(3, 8, 3), c2=nn.Conv2d(3, 8, 3))
+    convs = {name: nn.Conv2d(3, 8, 3) for name in ("c", "d")}
+    channels = Net(lambda net, x: net.c(x) - net.d(x).mean(1, keepdim=True), **convs)
     assert "glob_avg" not in primitives(trace(channels))
 
 
@@ -176,9 +175,7 @@ def test_position_tables_and_class_tokens() -> None:
         norm=nn.LayerNorm(8), head=nn.Linear(8, 10),
     )  # fmt: skip
     graph = trace(net)
-    assert sorted(primitives(graph)) == sorted(
-        ["input", "pos_enc", "conv", "concat", "pos_enc", "ln", "conv", "bias"]
-    )
+    assert sorted(primitives(graph)) == sorted(["input", "pos_enc", "conv", "concat", "pos_enc", "ln", "conv", "bias"])
     shapes = {node.label: node.shape for node in graph.nodes}
     assert shapes["table"] == (1, 8, 5, 5) and shapes["token"] == (1, 8, 1, 1)
 
@@ -203,7 +200,7 @@ def test_one_module_called_twice_is_two_nodes_and_one_parameter() -> None:
 
 def test_shapes_may_steer_the_forward() -> None:
     def forward(net: Net, x: Tensor) -> Tensor:
-        n, c, h, w = x.shape
+        n, _, h, _ = x.shape
         if h > 16 and x.size(1) == 3 and x.ndim == 4 and len(x) > 1:
             x = net.big(x)
         a, b = x.chunk(2, dim=1)
@@ -256,7 +253,7 @@ def test_every_unknown_operation_is_listed_with_its_place() -> None:
     assert str(error.value).startswith("graphs.trace: ")
     with pytest.raises(InputError, match="prelu"):
         trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.PReLU()))
-    with pytest.raises(InputError, match="ConvTranspose2d|conv_transpose2d"):
+    with pytest.raises(InputError, match=r"ConvTranspose2d|conv_transpose2d"):
         trace(nn.Sequential(nn.ConvTranspose2d(3, 8, 3)))
 
 
@@ -266,7 +263,7 @@ def test_every_unknown_operation_is_listed_with_its_place() -> None:
         lambda net, x: x if x.sum() > 0 else -x,
         lambda net, x: x * float(x.mean()),
         lambda net, x: x * x.max().item() if x.sum().item() else x,
-        lambda net, x: [x for _ in range(int(x.sum()))][0],
+        lambda net, x: sum([x] * int(x.sum())),
     ],
 )
 def test_control_flow_on_numbers(forward: Callable[..., object]) -> None:
