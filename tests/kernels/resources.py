@@ -1,6 +1,7 @@
-"""Every kernel, in every configuration the package launches, compiled for three GPUs; run by test_kernels.py.
+"""Every kernel, in every configuration the package launches, compiled for three GPUs. Run by test_kernels.py.
 
-No spill, no local memory, no more shared memory than there is, and 16-byte stores in the kernel that writes the weights.
+No spill, no local memory, no more shared memory than there is, and 16-byte stores in the kernel that writes the
+weights.
 """
 
 from __future__ import annotations
@@ -83,8 +84,8 @@ def test_kernel(configuration: Configuration, architecture: int) -> None:
     compiled = compile_kernel(kernel, types, constants, architecture, **options)
     assert not problems(compiled, architecture), f"{label}, sm_{architecture}: {compiled.registers} registers"
     if label.startswith("rows forward"):
-        # 16 pairs x 128 rows over 128 threads: 16 numbers of each thread, all in 16-byte stores; the other branch of the
-        # launch, for layers that cannot have them, stores one by one.
+        # 16 pairs x 128 rows over 128 threads: 16 numbers of each thread, all in 16-byte stores; the other branch of
+        # the launch, for layers that cannot have them, stores one by one.
         expected = 2 if label.endswith("bf16") else 4
         assert compiled.sass.count("STG.E.128") == expected, label
     if label.startswith("recurrence"):
