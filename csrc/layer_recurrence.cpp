@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
+#include <memory>
 #include <vector>
 
 #include "instruction_set.h"
@@ -41,6 +43,9 @@ namespace avx512 {
 #pragma GCC pop_options
 #endif
 
+constexpr std::size_t kCacheLine = 64;
+constexpr std::int64_t kGroup = 16;  // datasets worked on together: their states fit the first-level cache
+
 using Recurrence = void (*)(const LayerRecurrence&, std::int64_t first, std::int64_t n, float* scratch);
 
 Recurrence choose(const std::string& name) {
@@ -62,7 +67,11 @@ void layer_recurrence_cpu(const LayerRecurrence& args, int threads, const std::s
   const Recurrence recurrence = choose(instruction_set);
   threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, args.batch)));
   const std::int64_t floats = (args.layers + 8) * args.width;  // of scratch, for each dataset
-  std::vector<float> scratch(args.batch * floats);
+  std::vector<float> memory(args.batch * floats + kCacheLine);
+  // Vectors that begin on a cache line are loaded twice as fast as others.
+  void* aligned = memory.data();
+  std::size_t space = memory.size() * sizeof(float);
+  float* scratch = static_cast<float*>(std::align(kCacheLine, args.batch * floats * sizeof(float), aligned, space));
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads) if (threads > 1)
 #endif
@@ -73,7 +82,9 @@ void layer_recurrence_cpu(const LayerRecurrence& args, int threads, const std::s
     const std::int64_t part = 0, parts = 1;
 #endif
     const std::int64_t first = args.batch * part / parts, end = args.batch * (part + 1) / parts;
-    recurrence(args, first, end - first, scratch.data() + first * floats);
+    for (std::int64_t b = first; b < end; b += kGroup) {
+      recurrence(args, b, std::min(kGroup, end - b), scratch + b * floats);
+    }
   }
 }
 
