@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pudnet import ops
@@ -122,7 +123,8 @@ class GraphEncoder(nn.Module):
                 owner.append(k)
         traversals: tuple[Traversal, ...] = ()
         if self.walk is not None:
-            traversals = (self._traversal(graphs, False), self._traversal(graphs, True))
+            edges = [self._edges(graph) for graph in graphs]
+            traversals = (self._traversal(graphs, edges, False), self._traversal(graphs, edges, True))
         return GraphBatch(tuple(graphs), torch.tensor(primitives), torch.tensor(sizes), torch.tensor(owner), traversals)
 
     def _rows(self, shape: tuple[int, int, int, int] | None) -> tuple[int, int, int, int]:
@@ -131,29 +133,35 @@ class GraphEncoder(nn.Module):
             return channel.dummy, channel.dummy, kernel.dummy, kernel.dummy
         return channel.row(shape[0]), channel.row(shape[1]), kernel.row(shape[2]), kernel.row(shape[3])
 
-    def _traversal(self, graphs: Sequence[ArchGraph], reverse: bool) -> Traversal:
+    def _edges(self, graph: ArchGraph) -> NDArray[np.float32]:
+        """Weight of the edge from row to column, for each kind of edge: ``[V, N, N]``."""
+        distances = graph.distances
+        near = (distances == 1).astype(np.float32)
+        if self.virtual_edges == 1:
+            return near[None]
+        with np.errstate(divide="ignore"):
+            far = 1 / distances  # 0 where there is no path
+        far[(distances < 1) | (distances > self.virtual_edges)] = 0
+        return np.stack([near, far])
+
+    def _traversal(self, graphs: Sequence[ArchGraph], edges: list[NDArray[np.float32]], reverse: bool) -> Traversal:
         levels = np.concatenate([graph.heights if reverse else graph.levels for graph in graphs])
         order = np.argsort(levels, kind="stable")
         place = np.empty_like(order)
         place[order] = np.arange(len(order))
-        kinds = 1 if self.virtual_edges == 1 else 2
-        edges = np.zeros((kinds, len(order), len(order)), dtype=np.float32)
-        offset = 0
-        for graph in graphs:
-            distances = graph.distances
-            n = len(distances)
-            # Edges lead into rows; distances[u, v] is the path from u to v.
-            paths = distances if reverse else distances.T
-            index = place[offset : offset + n]
-            grid = np.ix_(index, index)
-            with np.errstate(divide="ignore"):
-                near = np.where((paths >= 1) & (paths <= self.virtual_edges), 1 / paths, 0)
-            edges[0][grid] = paths == 1
-            if kinds == 2:
-                edges[1][grid] = near
-            offset += n
+        # Here edges lead into rows: forward, that is the transpose.
+        parts = edges if reverse else [part.transpose(0, 2, 1) for part in edges]
+        if len(parts) == 1:
+            joined = parts[0][:, order][:, :, order] if reverse else np.ascontiguousarray(parts[0])
+        else:
+            joined = np.zeros((len(edges[0]), len(order), len(order)), dtype=np.float32)
+            offset = 0
+            for part in parts:
+                index = place[offset : offset + part.shape[1]]
+                joined[:, index[:, None], index] = part
+                offset += part.shape[1]
         _, sizes = np.unique(levels, return_counts=True)
-        return Traversal(torch.from_numpy(order), torch.from_numpy(place), sizes.tolist(), torch.from_numpy(edges))
+        return Traversal(torch.from_numpy(order), torch.from_numpy(place), sizes.tolist(), torch.from_numpy(joined))
 
     def forward(self, batch: GraphBatch, embedding: Tensor | None = None) -> Tensor:
         """Node states ``[N, D]``.
