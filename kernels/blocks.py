@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import ParamSpec, TypeVar
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # Read once, as @triton.jit itself does: the interpreter holds bfloat16 as integers and its tl.dot multiplies those.
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
@@ -40,6 +47,19 @@ def tanh(x):
     e = tl.exp(-2.0 * tl.abs(x))
     t = (1.0 - e) / (1.0 + e)
     return tl.where(x < 0, -t, t)
+
+
+def on_device(launch: Callable[P, T]) -> Callable[P, T]:
+    """Make the device of the first tensor current for a launcher: Triton launches on the current one."""
+
+    @functools.wraps(launch)
+    def launch_there(*args: P.args, **kwargs: P.kwargs) -> T:
+        first = args[0]
+        assert isinstance(first, Tensor)
+        with torch.cuda.device(first.device) if first.is_cuda else nullcontext():
+            return launch(*args, **kwargs)
+
+    return launch_there
 
 
 def ready(x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pudnet.kernels.blocks import dot, gelu, gelu_slope, ready
+from pudnet.kernels.blocks import dot, gelu, gelu_slope, on_device, ready
 
 ROWS_PER_TILE = 128
 PAIRS_PER_BLOCK = 16
@@ -442,6 +442,7 @@ def launch_features_fwd(
     return features
 
 
+@on_device
 def launch_generate_weights_fwd(
     codes: Tensor,  # [B, L, D]
     fc_weight: Tensor,
@@ -483,6 +484,7 @@ class GeneratorGradients(NamedTuple):
     d_row_bias: Tensor
 
 
+@on_device
 def launch_generate_weights_bwd(
     d_out: Tensor,  # [B, P]
     codes: Tensor,

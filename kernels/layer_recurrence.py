@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pudnet.kernels.blocks import INTERPRET, ready, tanh
+from pudnet.kernels.blocks import INTERPRET, on_device, ready, tanh
 
 WARPS = 8
 LARGEST_WIDTH = 256
@@ -390,6 +390,7 @@ def grid_size(batch: int, width: int, device: torch.device) -> tuple[int, int]:
     return slices * min(batch, teams), slices
 
 
+@on_device
 def launch_layer_recurrence_fwd(
     state: Tensor,  # [B, 2, D]
     start: Tensor,
@@ -452,6 +453,7 @@ def _standardise(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x - mean) * scale, scale
 
 
+@on_device
 def launch_layer_recurrence_bwd(
     d_codes: Tensor,  # [B, L, D]
     saved: Tensor,  # [B, L, 2, 5, D]
