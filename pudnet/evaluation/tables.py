@@ -104,10 +104,13 @@ def _difference_table(records: Sequence[Record]) -> list[str]:
 
 def accuracy_cell(records: Sequence[Record]) -> str:
     """Mean accuracy and standard error of one row, in per cent."""
-    mean, error = mean_and_error([record["top1"] for record in records])
-    if error is None:
-        error = binomial_error(mean, records[0]["n_test"])
+    mean, error = _accuracy(records)
     return f"{100 * mean:.1f} ± {100 * error:.1f}"
+
+
+def _accuracy(records: Sequence[Record]) -> tuple[float, float]:
+    mean, error = mean_and_error([record["top1"] for record in records])
+    return mean, binomial_error(mean, records[0]["n_test"]) if error is None else error
 
 
 def _seconds_cell(records: Sequence[Record], part: str) -> str:
@@ -164,10 +167,10 @@ def _draw_bars(document: Mapping[str, Any]) -> Any:
     figure, axes = _panels(len(groups), 2.4, 3.6)
     for axis, group in zip(axes, groups, strict=True):
         rows = _rows([record for record in records if record["group"] == group])
-        means, errors = zip(*(mean_and_error([record["top1"] for record in chosen]) for _, chosen in rows), strict=True)
+        means, errors = zip(*(_accuracy(chosen) for _, chosen in rows), strict=True)
         places = range(len(rows))
         colours = [_colour(key) for key, _ in rows]
-        axis.barh(places, [100 * mean for mean in means], xerr=[100 * (error or 0) for error in errors], color=colours)
+        axis.barh(places, [100 * mean for mean in means], xerr=[100 * error for error in errors], color=colours)
         axis.set_yticks(places, [ROWS[key].title for key, _ in rows] if axis is axes[0] else [""] * len(rows))
         axis.invert_yaxis()
         axis.set_title(_title(group, document), fontsize=8)
@@ -197,7 +200,7 @@ def _draw_seconds(document: Mapping[str, Any]) -> Any:
     axes[0].set_ylabel("top-1 %")
     handles, labels = axes[0].get_legend_handles_labels()
     if handles:
-        figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, frameon=False)
+        figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=4, frameon=False)
     return figure
 
 
