@@ -8,9 +8,9 @@
 
 #include <algorithm>
 #include <memory>
-#include <stdexcept>
-#include <string>
 #include <vector>
+
+#include "groups.h"
 
 #ifdef __SSE2__
 #include <emmintrin.h>
@@ -33,31 +33,6 @@ constexpr std::int64_t kFlushRows = 65536;     // 65536 * 255^2 still fits 32 bi
 constexpr std::int64_t kStreamElements = 1 << 20;  // a larger sketch, 4 MiB, is written past the caches
 constexpr int kFloatColumns = 512;             // columns of one task of class_stats
 constexpr std::int64_t kSegmentRows = 8192;    // rows of one task of class_stats
-
-// Row indices, class by class: those of class k are order[start[k]] .. order[start[k + 1] - 1]; unlabelled rows come last,
-// as class K.
-struct Groups {
-  std::vector<std::int64_t> order, start;
-};
-
-Groups group_rows(const char* where, const std::int64_t* labels, std::int64_t n, std::int64_t classes) {
-  Groups groups;
-  groups.order.resize(n);
-  groups.start.assign(classes + 2, 0);
-  const auto class_of = [&](std::int64_t row) { return labels[row] < 0 ? classes : labels[row]; };
-  for (std::int64_t row = 0; row < n; ++row) {
-    if (labels[row] < -1 || labels[row] >= classes) {
-      throw std::invalid_argument(std::string(where) + ": labels must be in 0.." + std::to_string(classes - 1) +
-                                  ", or -1 for a row of no class; got " + std::to_string(labels[row]) + " in row " +
-                                  std::to_string(row) + ".");
-    }
-    ++groups.start[class_of(row) + 1];
-  }
-  for (std::int64_t k = 0; k <= classes; ++k) groups.start[k + 1] += groups.start[k];
-  std::vector<std::int64_t> next(groups.start.begin(), groups.start.end() - 1);
-  for (std::int64_t row = 0; row < n; ++row) groups.order[next[class_of(row)]++] = row;
-  return groups;
-}
 
 PUDNET_CLONES void add_bytes(const std::uint8_t* const rows[kUnroll], int columns, std::uint32_t* __restrict__ sum,
                              std::uint32_t* __restrict__ squares) {

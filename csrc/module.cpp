@@ -15,6 +15,7 @@
 #include "generate_weights.h"
 #include "layer_recurrence.h"
 #include "module_graphs.h"
+#include "module_patches.h"
 
 namespace py = pybind11;
 
@@ -24,7 +25,7 @@ using pudnet::ClassStats;
 using pudnet::ImageStats;
 
 // Raise together with INTERFACE in pudnet/_extension.py whenever a signature below changes.
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 
 [[noreturn]] void refuse(const std::string& text) { throw std::invalid_argument("pudnet._C: " + text); }
 
@@ -156,6 +157,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native code of pudnet; see csrc/. Call it through pudnet.ops.";
   m.def("build_info", &build_info);
   bind_graphs(m);
+  bind_patches(m);
   using address = std::uintptr_t;
   using std::int64_t;
   using doubles = const std::vector<double>&;

@@ -22,6 +22,12 @@ torch.library.define(
     "(Tensor features, Tensor labels, SymInt num_classes) -> (Tensor means, Tensor variances, Tensor counts)",
     tags=torch.Tag.pt2_compliant_tag,
 )
+torch.library.define(
+    "pudnet::patch_covariance",
+    "(Tensor images, Tensor labels, SymInt num_classes, int kernel_size, int padding) -> "
+    "(Tensor means, Tensor covariances, Tensor counts)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
 
 
 def empty_image_stats(
@@ -48,8 +54,21 @@ def empty_class_stats(features: Tensor, labels: Tensor, num_classes: int) -> tup
     )
 
 
+def empty_patch_covariance(
+    images: Tensor, labels: Tensor, num_classes: int, kernel_size: int, padding: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs of ``patch_covariance``, not filled."""
+    batch, patch = images.shape[0], images.shape[2] * kernel_size**2
+    return (
+        images.new_empty((batch, num_classes, patch)),
+        images.new_empty((batch, num_classes, patch, patch)),
+        images.new_empty((batch, num_classes), dtype=torch.int64),
+    )
+
+
 torch.library.register_fake("pudnet::image_stats", empty_image_stats)
 torch.library.register_fake("pudnet::class_stats", empty_class_stats)
+torch.library.register_fake("pudnet::patch_covariance", empty_patch_covariance)
 
 _GENERATOR_TENSORS = (
     "Tensor codes, Tensor fc_weight, Tensor fc_bias, Tensor mix_weight, Tensor mix_bias, "

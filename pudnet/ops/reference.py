@@ -211,3 +211,48 @@ def class_stats(
     means = zeros.index_add(0, index, values) / divisor  # [K + 1, F]
     variances = zeros.index_add(0, index, (values - means[index]).square()) / divisor
     return means[:num_classes].to(features.dtype), variances[:num_classes].to(features.dtype), counts[:num_classes]
+
+
+def group_by_dataset(op: str, labels: Tensor, num_classes: int, nobody: int) -> Tensor:
+    """Labels of B datasets as classes of one, 0..B*K-1, with ``nobody`` for -1: ``[B, n] -> [B * n]``."""
+    batch = labels.shape[0]
+    _index_by_class(op, labels.reshape(-1), num_classes)
+    classes = labels + num_classes * torch.arange(batch, device=labels.device)[:, None]
+    # Where nothing was checked, a label out of range must not pass for a class of the next dataset.
+    classes = torch.where((labels < -1) | (labels >= num_classes), batch * num_classes + 1, classes)
+    return torch.where(labels == -1, nobody, classes).reshape(-1)
+
+
+def patch_covariance(
+    images: Tensor,  # [B, n, C, H, W]
+    labels: Tensor,  # [B, n] int64, -1 or 0..K-1
+    num_classes: int,
+    kernel_size: int,
+    padding: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Means [B, K, P] and covariances [B, K, P, P] of patches, P = C * k * k, in float64, and counts [B, K]."""
+    batch, n, channels, height, width = images.shape
+    groups, patch = batch * num_classes, channels * kernel_size**2
+    index = group_by_dataset("patch_covariance", labels, num_classes, nobody=groups)  # [B * n]
+    positions = (height + 2 * padding - kernel_size + 1) * (width + 2 * padding - kernel_size + 1)
+    counts = torch.zeros(groups + 1, dtype=torch.int64, device=images.device)
+    counts = counts.index_add(0, index, torch.full_like(index, positions))
+    divisor = counts.clamp(min=1)[:, None]  # [B * K + 1, 1]
+    sums = torch.zeros(groups + 1, patch, dtype=torch.float64, device=images.device)
+    products = torch.zeros(groups + 1, patch, patch, dtype=torch.float64, device=images.device)
+    size = max(1, 2**22 // max(patch**2, patch * positions))  # images of a piece, which bounds the memory
+    pieces = torch.split(images.reshape(batch * n, channels, height, width), size)
+    for piece, classes in zip(pieces, torch.split(index, size), strict=True):
+        sums.index_add_(0, classes, F.unfold(piece.to(torch.float64), kernel_size, padding=padding).sum(dim=2))
+    means = sums / divisor
+    for piece, classes in zip(pieces, torch.split(index, size), strict=True):
+        patches = F.unfold(piece.to(torch.float64), kernel_size, padding=padding)  # [m, P, positions]
+        patches = patches - means[classes][:, :, None]
+        products.index_add_(0, classes, patches @ patches.transpose(1, 2))
+    covariances = products / divisor[:, :, None]
+    shape = (batch, num_classes)
+    return (
+        means[:groups].to(images.dtype).view(*shape, patch),
+        covariances[:groups].to(images.dtype).view(*shape, patch, patch),
+        counts[:groups].view(shape),
+    )
