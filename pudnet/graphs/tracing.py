@@ -334,21 +334,21 @@ class _Tracer(fx.Tracer):
         return Value(self, record, sources, parameters, flips % 2 == 1)
 
     def evaluate(self, value: Value) -> Any:
-        """Work out ``value`` on the meta device, with all it depends on."""
-        pending, order = [value], []
-        while pending:  # not by recursion: networks are deep
-            current = pending.pop()
-            if id(current) in self.known:
-                continue
-            order.append(current)
-            pending.extend(_values(current.record[1:]))
+        """Work out ``value`` on the meta device, with all it depends on, each once."""
+        pending = [value]
         evaluating, self.evaluating = self.evaluating, True
         try:
-            for current in reversed(order):
+            while pending:  # not by recursion: networks are deep
+                current = pending[-1]
                 if id(current) not in self.known:
                     run, args, kwargs = current.record
+                    missing = [each for each in _values((args, kwargs)) if id(each) not in self.known]
+                    if missing:
+                        pending.extend(missing)
+                        continue
                     # The Value is kept too, so that its id stays taken.
                     self.known[id(current)] = (run(*self._known(args), **self._known(kwargs)), current)
+                pending.pop()
         finally:
             self.evaluating = evaluating
         return self.known[id(value)][0]
@@ -722,6 +722,11 @@ def _run_module(module: nn.Module) -> Callable[..., Any]:
     return run
 
 
+def _first(*args: Any, **kwargs: Any) -> Any:
+    """The shape of the result of a module that keeps shapes; saves running it, which is slow on the meta device."""
+    return next(iter((*args, *kwargs.values())))
+
+
 def _held(tracer: _Tracer, module: nn.Module, attribute: str) -> Any:
     """A parameter of a leaf module as a Value; what is there instead, where it is none."""
     tensor = module._parameters.get(attribute)
@@ -743,7 +748,7 @@ def _linear_module(tracer: _Tracer, m: Any, args: tuple[Any, ...], kwargs: dict[
 
 def _norm_module(primitive: str) -> Module:
     def handler(tracer: _Tracer, m: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:
-        record = (_run_module(m), args, kwargs)
+        record = (_first, args, kwargs)
         weight, bias = _held(tracer, m, "weight"), _held(tracer, m, "bias")
         return _normalised(tracer, record, primitive, (args, kwargs), weight, bias)
 

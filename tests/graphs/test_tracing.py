@@ -210,6 +210,18 @@ def test_shapes_may_steer_the_forward() -> None:
     assert primitives(trace(Net(forward, big=nn.Conv2d(3, 8, 3)), (4, 8, 8))) == ["input"]
 
 
+def test_shapes_are_worked_out_once_each() -> None:
+    """Sixty sums in a row have 2^60 paths."""
+
+    def forward(net: Net, x: Tensor) -> Tensor:
+        for _ in range(60):
+            x = x + net.c(F.relu(x))
+        return x.reshape(x.shape[0], -1)
+
+    graph = trace(Net(forward, c=nn.Conv2d(3, 3, 1, bias=False)))
+    assert primitives(graph).count("sum") == 60
+
+
 def test_unused_parameters_are_named() -> None:
     net = Net(lambda net, x: net.a(x), a=nn.Conv2d(3, 8, 1, bias=False), b=nn.Conv2d(3, 8, 1, bias=False))
     assert trace(net).unpredicted == ("b.weight",)
