@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DATA ?= ../shared/data
 
-.PHONY: demo test lint results wheel
+.PHONY: demo test lint results wheel gpu
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -20,6 +20,10 @@ lint: $(READY)
 
 results: $(READY)
 	$(BIN)/python -m pudnet.evaluation --data $(DATA)
+
+# On a machine with an NVIDIA GPU and torch, triton and nvcc already there; nothing is downloaded.
+gpu:
+	$(PYTHON) benchmarks/gpu.py
 
 wheel: $(READY)
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
