@@ -8,7 +8,7 @@ nodes (DARTS). Network ``index`` of a split is a function of (split, seed, index
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -79,7 +79,7 @@ class DeepNet:
 
     name: str
     genotype: Genotype | None
-    make: partial[nn.Module]
+    make: Callable[[], nn.Module]
     image_size: int
 
     @cached_property

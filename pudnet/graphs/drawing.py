@@ -36,8 +36,7 @@ def draw(graph: ArchGraph) -> str:
     ]
     for source, destination in graph.edges:
         lines.append(_edge(centre[source], centre[destination], graph.levels[destination] - graph.levels[source] > 1))
-    for number, node in enumerate(graph.nodes):
-        lines.append(_box(node, *centre[number]))
+    lines += [_box(node, *centre[number]) for number, node in enumerate(graph.nodes)]
     return "\n".join([*lines, "</svg>", ""])
 
 
