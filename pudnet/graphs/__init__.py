@@ -1,6 +1,6 @@
 """Networks as graphs: capture from any module, the space of random architectures, drawings."""
 
-from pudnet.graphs.deepnets import DeepNet, deepnets, statistics
+from pudnet.graphs.deepnets1m import DeepNet, deepnets, statistics
 from pudnet.graphs.drawing import draw
 from pudnet.graphs.graph import PRIMITIVES, ArchGraph, GraphNode, GraphParameter
 from pudnet.graphs.tracing import trace

@@ -9,7 +9,7 @@ import torch
 
 from pudnet.errors import InputError
 from pudnet.graphs import deepnets, statistics
-from pudnet.graphs.deepnets import CONVOLUTIONS, LARGE, SIZES
+from pudnet.graphs.deepnets1m import CONVOLUTIONS, LARGE, SIZES
 
 
 def test_a_network_is_a_function_of_split_seed_and_index() -> None:
@@ -67,6 +67,6 @@ def test_bad_arguments(arguments: tuple[object, ...]) -> None:
 
 
 def test_limits_no_network_meets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pudnet.graphs.deepnets.MOST_DRAWS", 8)
+    monkeypatch.setattr("pudnet.graphs.deepnets1m.MOST_DRAWS", 8)
     with pytest.raises(InputError, match="most_parameters"):
         next(deepnets("bnfree", 1, widths=(64,), most_parameters=10))
