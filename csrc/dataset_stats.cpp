@@ -11,162 +11,132 @@
 #include <vector>
 
 #include "groups.h"
-
-#ifdef __SSE2__
-#include <emmintrin.h>
-#endif
-
-// The loops worth vectorising are functions of their own: target_clones does not reach the body of an OpenMP region.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define PUDNET_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#define PUDNET_HAS_CLONES 1
-#else
-#define PUDNET_CLONES
-#endif
+#include "instruction_set.h"
 
 namespace pudnet {
 namespace {
 
 constexpr int kUnroll = 4;                     // rows added at once, so that accumulators are loaded a quarter as often
+constexpr int kGroup = 16;                     // pixels taken at once
 constexpr int kByteColumns = 1024;             // columns of one task of image_stats
 constexpr std::int64_t kFlushRows = 65536;     // 65536 * 255^2 still fits 32 bits
 constexpr std::int64_t kStreamElements = 1 << 20;  // a larger sketch, 4 MiB, is written past the caches
 constexpr int kFloatColumns = 512;             // columns of one task of class_stats
 constexpr std::int64_t kSegmentRows = 8192;    // rows of one task of class_stats
 
-PUDNET_CLONES void add_bytes(const std::uint8_t* const rows[kUnroll], int columns, std::uint32_t* __restrict__ sum,
-                             std::uint32_t* __restrict__ squares) {
-  const std::uint8_t *a = rows[0], *b = rows[1], *c = rows[2], *d = rows[3];
-  for (int j = 0; j < columns; ++j) {
-    const std::uint32_t va = a[j], vb = b[j], vc = c[j], vd = d[j];
-    sum[j] += (va + vb) + (vc + vd);
-    squares[j] += (va * va + vb * vb) + (vc * vc + vd * vd);
-  }
-}
+// A block of pixels of one image or of kUnroll images.
+struct ImageRows {
+  int count;
+  const std::uint8_t* pixels[kUnroll];
+  const std::uint8_t* upcoming[kUnroll];  // to fetch meanwhile: images of a class lie anywhere, the hardware cannot guess
+  float* sketch[kUnroll];
+};
 
-PUDNET_CLONES void split_rgb(const std::uint8_t* __restrict__ pixels, std::int64_t count, std::uint8_t* __restrict__ red,
-                             std::uint8_t* __restrict__ green, std::uint8_t* __restrict__ blue) {
-  for (std::int64_t p = 0; p < count; ++p) {
-    red[p] = pixels[3 * p];
-    green[p] = pixels[3 * p + 1];
-    blue[p] = pixels[3 * p + 2];
-  }
-}
+struct Kernels {
+  void (*add_rows)(const ImageStats&, const ImageRows&, std::int64_t count, bool streamed, std::uint32_t* sums,
+                   std::uint32_t* squares);
+  void (*narrow_moments)(std::int64_t columns, std::int64_t count, const std::uint64_t* sum,
+                         const std::uint64_t* squares, float* means, float* variances);
+  void (*add_deviations)(const float* const rows[kUnroll], int columns, const double* shift, double* sum,
+                         double* squares);
+};
 
-PUDNET_CLONES void scale_bytes(const std::uint8_t* __restrict__ bytes, std::int64_t count, float scale, float shift,
-                               float* __restrict__ out) {
-  for (std::int64_t p = 0; p < count; ++p) out[p] = static_cast<float>(bytes[p]) * scale + shift;
-}
+namespace portable {
+#define PUDNET_LANES 4
+#include "dataset_stats_kernel.h"
+#undef PUDNET_LANES
+}  // namespace portable
 
-// Writes `count` pixels of one image into channel planes, `plane` elements from one to the next. Splitting the channels
-// first leaves the bulk of the work to a loop without shuffles.
-void normalise(const ImageStats& args, const std::uint8_t* pixels, std::int64_t count, float* out, std::int64_t plane) {
-  std::uint8_t split[kByteColumns];
-  if (args.channels == 3) {
-    split_rgb(pixels, count, split, split + count, split + 2 * count);
-  } else {
-    for (std::int64_t c = 0; c < args.channels; ++c) {
-      for (std::int64_t p = 0; p < count; ++p) split[c * count + p] = pixels[p * args.channels + c];
-    }
-  }
-  for (std::int64_t c = 0; c < args.channels; ++c) {
-    scale_bytes(split + c * count, count, args.scale[c], args.shift[c], out + c * plane);
-  }
-}
-
-// Copies past the caches where the processor can: a store into them would first read the line it overwrites.
-void stream(const float* from, std::int64_t count, float* to) {
-#ifdef __SSE2__
-  if (reinterpret_cast<std::uintptr_t>(to) % 16 == 0 && count % 4 == 0) {
-    for (std::int64_t i = 0; i < count; i += 4) _mm_stream_ps(to + i, _mm_load_ps(from + i));
-    return;
-  }
+#ifdef PUDNET_X86
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+#define PUDNET_LANES 8
+#include "dataset_stats_kernel.h"
+#undef PUDNET_LANES
+}  // namespace avx2
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+namespace avx512 {
+#define PUDNET_LANES 16
+#include "dataset_stats_kernel.h"
+#undef PUDNET_LANES
+}  // namespace avx512
+#pragma GCC pop_options
 #endif
-  std::copy(from, from + count, to);
+
+const Kernels& choose_kernels(const std::string& instruction_set) {
+  switch (choose_instruction_set(instruction_set)) {
+#ifdef PUDNET_X86
+    case InstructionSet::kAvx512:
+      return avx512::kernels;
+    case InstructionSet::kAvx2:
+      return avx2::kernels;
+#endif
+    default:
+      return portable::kernels;
+  }
 }
 
 // Adds what lies in the 32-bit accumulators to the 64-bit ones, and empties them.
-void flush(int columns, std::uint32_t* from, std::uint64_t* to) {
-  for (int j = 0; j < columns; ++j) to[j] += from[j];
+void flush(std::int64_t columns, std::uint32_t* from, std::uint64_t* to) {
+  for (std::int64_t j = 0; j < columns; ++j) to[j] += from[j];
   std::fill(from, from + columns, 0u);
 }
 
-// What moments_of_bytes does, for many columns and counts up to kNarrowCount.
-PUDNET_CLONES void narrow_moments(int columns, std::int64_t count, const std::uint64_t* __restrict__ sum,
-                                  const std::uint64_t* __restrict__ squares, float* __restrict__ means,
-                                  float* __restrict__ variances) {
-  const double n = static_cast<double>(count), mean_unit = 1.0 / (255.0 * n);
-  const double variance_unit = mean_unit * mean_unit;
-  for (int j = 0; j < columns; ++j) {
-    const std::uint64_t spread = static_cast<std::uint64_t>(count) * squares[j] - sum[j] * sum[j];
-    means[j] = static_cast<float>(static_cast<double>(sum[j]) * mean_unit);
-    variances[j] = static_cast<float>(static_cast<double>(spread) * variance_unit);
-  }
-}
-
 // One class (K: the unlabelled rows), one block of pixels: the sketch of them, their moments, and their share of the
-// per-channel sums.
-void image_task(const ImageStats& args, const Groups& groups, std::int64_t k, std::int64_t first_pixel, std::int64_t count,
-                std::uint64_t* channel_sum, std::uint64_t* channel_squares) {
-  static const std::uint8_t zeros[kByteColumns] = {};
-  std::uint32_t sum[kByteColumns] = {}, squares[kByteColumns] = {};
+// per-channel sums. A column is here a place in [channels, count].
+void image_task(const ImageStats& args, const Kernels& kernels, const Groups& groups, std::int64_t k,
+                std::int64_t first_pixel, std::int64_t count, std::uint64_t* channel_sum,
+                std::uint64_t* channel_squares) {
+  alignas(64) std::uint32_t sum[kByteColumns] = {}, squares[kByteColumns] = {};
   std::uint64_t total_sum[kByteColumns] = {}, total_squares[kByteColumns] = {};
-  alignas(64) float planes[kByteColumns];
-  const bool streamed = args.n * args.pixels * args.channels >= kStreamElements;
-  const std::int64_t row_size = args.pixels * args.channels, first_column = first_pixel * args.channels;
-  const int columns = static_cast<int>(count * args.channels);
+  const std::int64_t row_size = args.pixels * args.channels, columns = count * args.channels;
+  // Only whole cache lines can be written past the caches.
+  const bool aligned = reinterpret_cast<std::uintptr_t>(args.sketch) % 64 == 0 && args.pixels % kGroup == 0;
+  const bool streamed = aligned && args.n * row_size >= kStreamElements;
   const std::int64_t begin = groups.start[k], end = groups.start[k + 1];
-  for (std::int64_t at = begin; at < end; at += kUnroll) {
-    // The rows of a class lie anywhere, so the hardware cannot guess the next ones.
-    for (std::int64_t ahead = at + kUnroll; ahead < std::min(at + 2 * kUnroll, end); ++ahead) {
-      const std::uint8_t* next = args.images + groups.order[ahead] * row_size + first_column;
-      for (int j = 0; j < columns; j += 64) __builtin_prefetch(next + j);
+  for (std::int64_t at = begin, flushed = begin; at < end;) {
+    ImageRows rows{};
+    rows.count = end - at < kUnroll ? 1 : kUnroll;
+    for (int u = 0; u < rows.count; ++u) {
+      const std::int64_t row = groups.order[at + u] * row_size, next = groups.order[std::min(at + u + kUnroll, end - 1)];
+      rows.pixels[u] = args.images + row + first_pixel * args.channels;
+      rows.upcoming[u] = args.images + next * row_size + first_pixel * args.channels;
+      rows.sketch[u] = args.sketch + row + first_pixel;
     }
-    const std::uint8_t* rows[kUnroll];
-    for (int u = 0; u < kUnroll; ++u) {
-      rows[u] = zeros;
-      if (at + u >= end) continue;
-      const std::int64_t row = groups.order[at + u];
-      rows[u] = args.images + row * row_size + first_column;
-      float* const out = args.sketch + row * row_size + first_pixel;
-      if (!streamed) {
-        normalise(args, rows[u], count, out, args.pixels);
-        continue;
-      }
-      normalise(args, rows[u], count, planes, count);
-      for (std::int64_t c = 0; c < args.channels; ++c) stream(planes + c * count, count, out + c * args.pixels);
-    }
-    add_bytes(rows, columns, sum, squares);
-    if ((at - begin + kUnroll) % kFlushRows == 0) {
+    kernels.add_rows(args, rows, count, streamed, sum, squares);
+    at += rows.count;
+    if (at - flushed > kFlushRows - kUnroll) {
       flush(columns, sum, total_sum);
       flush(columns, squares, total_squares);
+      flushed = at;
     }
   }
   flush(columns, sum, total_sum);
   flush(columns, squares, total_squares);
   for (std::int64_t c = 0; c < args.channels; ++c) {
-    for (std::int64_t j = c; j < columns; j += args.channels) {
+    for (std::int64_t j = c * count; j < (c + 1) * count; ++j) {
       channel_sum[c] += total_sum[j];
       channel_squares[c] += total_squares[j];
     }
   }
   if (k == args.classes) return;
-  const std::int64_t to = k * row_size + first_column;
+  float means[kByteColumns], variances[kByteColumns];
   if (begin < end && end - begin <= kNarrowCount) {
-    return narrow_moments(columns, end - begin, total_sum, total_squares, args.means + to, args.variances + to);
+    kernels.narrow_moments(columns, end - begin, total_sum, total_squares, means, variances);
+  } else {
+    for (std::int64_t j = 0; j < columns; ++j) {
+      moments_of_bytes(end - begin, total_sum[j], total_squares[j], means + j, variances + j);
+    }
   }
-  for (int j = 0; j < columns; ++j) {
-    moments_of_bytes(end - begin, total_sum[j], total_squares[j], args.means + to + j, args.variances + to + j);
-  }
-}
-
-PUDNET_CLONES void add_deviations(const float* const rows[kUnroll], int columns, const double* __restrict__ shift,
-                                  double* __restrict__ sum, double* __restrict__ squares) {
-  const float *a = rows[0], *b = rows[1], *c = rows[2], *d = rows[3];
-  for (int j = 0; j < columns; ++j) {
-    const double va = a[j] - shift[j], vb = b[j] - shift[j], vc = c[j] - shift[j], vd = d[j] - shift[j];
-    sum[j] += (va + vb) + (vc + vd);
-    squares[j] += (va * va + vb * vb) + (vc * vc + vd * vd);
+  const std::int64_t to = k * row_size + first_pixel * args.channels;
+  for (std::int64_t c = 0; c < args.channels; ++c) {
+    for (std::int64_t p = 0; p < count; ++p) {
+      args.means[to + p * args.channels + c] = means[c * count + p];
+      args.variances[to + p * args.channels + c] = variances[c * count + p];
+    }
   }
 }
 
@@ -177,7 +147,8 @@ struct Segment {
 
 }  // namespace
 
-void image_stats_cpu(const ImageStats& args, int threads) {
+void image_stats_cpu(const ImageStats& args, int threads, const std::string& instruction_set) {
+  const Kernels& kernels = choose_kernels(instruction_set);
   const Groups groups = group_rows("image_stats", args.labels, args.n, args.classes);
   for (std::int64_t k = 0; k < args.classes; ++k) args.counts[k] = groups.start[k + 1] - groups.start[k];
   // Whole runs of 64 pixels: the vector loops then have no rest in the usual square images.
@@ -189,7 +160,8 @@ void image_stats_cpu(const ImageStats& args, int threads) {
     reduction(+ : channel_sum, channel_squares)
   for (std::int64_t task = 0; task < tasks; ++task) {
     const std::int64_t first = task % blocks * block;
-    image_task(args, groups, task / blocks, first, std::min(block, args.pixels - first), channel_sum, channel_squares);
+    image_task(args, kernels, groups, task / blocks, first, std::min(block, args.pixels - first), channel_sum,
+               channel_squares);
   }
   for (std::int64_t c = 0; c < args.channels; ++c) {
     moments_of_bytes(args.n * args.pixels, channel_sum[c], channel_squares[c], args.channel_mean + c,
@@ -197,7 +169,8 @@ void image_stats_cpu(const ImageStats& args, int threads) {
   }
 }
 
-void class_stats_cpu(const ClassStats& args, int threads) {
+void class_stats_cpu(const ClassStats& args, int threads, const std::string& instruction_set) {
+  const Kernels& kernels = choose_kernels(instruction_set);
   const Groups groups = group_rows("class_stats", args.labels, args.n, args.classes);
   std::vector<Segment> segments;
   std::vector<std::size_t> first_segment(args.classes + 1, 0);
@@ -228,7 +201,7 @@ void class_stats_cpu(const ClassStats& args, int threads) {
     for (std::int64_t at = segment.begin; at < segment.end; at += kUnroll) {
       const float* rows[kUnroll];
       for (int u = 0; u < kUnroll; ++u) rows[u] = at + u < segment.end ? row(at + u) + first : member;
-      add_deviations(rows, columns, shift, sums.get() + to, squares.get() + to);
+      kernels.add_deviations(rows, columns, shift, sums.get() + to, squares.get() + to);
     }
   }
 
@@ -253,12 +226,14 @@ void class_stats_cpu(const ClassStats& args, int threads) {
 }
 
 const char* cpu_instruction_set() {
-#ifdef PUDNET_HAS_CLONES
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return "AVX-512";
-  if (__builtin_cpu_supports("x86-64-v3")) return "AVX2";
-#endif
-  return "portable";
+  switch (choose_instruction_set("")) {
+    case InstructionSet::kAvx512:
+      return "AVX-512";
+    case InstructionSet::kAvx2:
+      return "AVX2";
+    default:
+      return "portable";
+  }
 }
 
 }  // namespace pudnet

@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace pudnet {
 
@@ -36,9 +37,10 @@ struct ClassStats {
   float* variances;      // [K, F]
 };
 
-// Both throw std::invalid_argument on a label out of range. The result does not depend on `threads`.
-void image_stats_cpu(const ImageStats& args, int threads);
-void class_stats_cpu(const ClassStats& args, int threads);
+// Both throw std::invalid_argument on a label out of range. The result does not depend on `threads`. `instruction_set`: see
+// instruction_set.h.
+void image_stats_cpu(const ImageStats& args, int threads, const std::string& instruction_set);
+void class_stats_cpu(const ClassStats& args, int threads, const std::string& instruction_set);
 const char* cpu_instruction_set();
 
 #ifdef PUDNET_WITH_CUDA

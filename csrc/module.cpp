@@ -167,20 +167,21 @@ PYBIND11_MODULE(_C, m) {
       "image_stats_cpu",
       [](address images, address labels, int64_t n, int64_t pixels, int64_t channels, int64_t classes, doubles mean,
          doubles std, address sketch, address channel_mean, address channel_var, address counts, address means,
-         address variances, int threads) {
+         address variances, int threads, const std::string& instruction_set) {
         pudnet::image_stats_cpu(image_arguments(images, labels, n, pixels, channels, classes, mean, std, sketch,
                                                 channel_mean, channel_var, counts, means, variances),
-                                threads);
+                                threads, instruction_set);
       },
-      py::kw_only(), IMAGE_PARAMETERS, py::arg("threads"), release());
+      py::kw_only(), IMAGE_PARAMETERS, py::arg("threads"), py::arg("instruction_set") = "", release());
   m.def(
       "class_stats_cpu",
       [](address features, address labels, int64_t n, int64_t width, int64_t row_stride, int64_t classes, address counts,
-         address means, address variances, int threads) {
+         address means, address variances, int threads, const std::string& instruction_set) {
         pudnet::class_stats_cpu(
-            class_arguments(features, labels, n, width, row_stride, classes, counts, means, variances), threads);
+            class_arguments(features, labels, n, width, row_stride, classes, counts, means, variances), threads,
+            instruction_set);
       },
-      py::kw_only(), CLASS_PARAMETERS, py::arg("threads"), release());
+      py::kw_only(), CLASS_PARAMETERS, py::arg("threads"), py::arg("instruction_set") = "", release());
   m.def(
       "generate_weights_cpu",
       [](address codes, int64_t batch, int64_t width, int64_t hidden, const std::vector<int64_t>& shapes,

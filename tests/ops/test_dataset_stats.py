@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -296,6 +298,31 @@ def test_class_stats_refuses_what_native_cannot_run_only_when_asked_by_name() ->
         ops.class_stats(features, labels, 1, backend="native")
     with pytest.raises(DtypeError, match="float32 or float64"):
         ops.class_stats(features.half(), labels, 1)
+
+
+@pytest.mark.skipif(bool(_extension.why_not()), reason="needs the extension")
+@pytest.mark.parametrize(
+    "size", [(7, 5, 7, 3, 3), (9, 33, 41, 3, 2), (6, 8, 8, 1, 2), (5, 6, 7, 4, 2), (400, 32, 32, 3, 3)]
+)
+def test_every_instruction_set_of_this_machine(size: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last size is large enough for stores past the caches."""
+    images, labels = make_images(*size)
+    constants = ([0.5] * size[3], [0.25] * size[3])
+    expected = ops.image_stats(images, labels, size[4], *constants, backend="reference")
+    native = _extension.load()
+    used = []
+    for name in ("portable", "avx2", "avx512"):
+        chosen = types.SimpleNamespace(image_stats_cpu=functools.partial(native.image_stats_cpu, instruction_set=name))
+        monkeypatch.setattr(_extension, "load", lambda chosen=chosen: chosen)
+        try:
+            got = torch.ops.pudnet.image_stats(images, labels, size[4], *constants)
+        except InputError as error:
+            assert "instruction_set must be one of" in str(error)
+            continue
+        used.append(name)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+    assert "portable" in used
 
 
 @pytest.mark.skipif(bool(_extension.why_not()), reason="needs the extension")
