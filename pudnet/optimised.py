@@ -23,6 +23,7 @@ from pudnet import _extension, ops
 from pudnet.errors import DtypeError, InputError, ShapeError, message
 from pudnet.models.pudnet import PudNet
 from pudnet.ops import _native_generation as native
+from pudnet.sketch import Sketch
 
 GRAPHS = 8  # captured at most; the one unused for longest goes first
 SPARE_BUFFERS = 2
@@ -184,7 +185,9 @@ class OptimisedPudNet:
 
     def _pixels(self, sketches: Sequence[Any]) -> tuple[Tensor, list[int]]:
         """The images of all sketches, resized, uint8 ``[n, H, W, 3]``, and how many each sketch has."""
-        parts = [self.preprocess.resize(PudNet._sketch_images(one)) for one in sketches]
+        parts = [self.preprocess.resize(one.images if isinstance(one, Sketch) else one) for one in sketches]
+        if any(len(part) == 0 for part in parts):
+            raise InputError(message("OptimisedPudNet", "images", "at least one image a sketch", "an empty one"))
         pixels = parts[0] if len(parts) == 1 else torch.cat([part.to(self.device) for part in parts])
         return pixels.to(self.device, non_blocking=True), [len(part) for part in parts]
 

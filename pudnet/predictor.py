@@ -28,6 +28,7 @@ from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError, m
 from pudnet.features import feature_maps
 from pudnet.heads import Head, check_head, fit_head, head_from_config
 from pudnet.models.pudnet import PudNet
+from pudnet.optimised import OptimisedPudNet
 from pudnet.sketch import Sketch, SketchBuilder
 from pudnet.targets import build_target
 
@@ -285,10 +286,12 @@ class Predictor:
     Args:
         net: the hypernetwork; copied.
         device: where everything runs; None for where ``net`` is.
+        optimize: generate weights on the fast path (``pudnet.optimised``), prepared here once.
+        dtype: of the generators' parameters there; bfloat16 halves the memory to read and changes weights by 0.2 %.
         origin: what reports say about where the hypernetwork came from.
 
     Attributes:
-        net: the copy, in eval mode.
+        net: the copy, in eval mode. With ``optimize``, later changes of it do not reach the weights.
     """
 
     def __init__(
@@ -296,6 +299,8 @@ class Predictor:
         net: PudNet,
         *,
         device: str | torch.device | None = None,
+        optimize: bool = False,
+        dtype: torch.dtype = torch.float32,
         origin: Mapping[str, Any] | None = None,
     ) -> None:
         _require(net, (PudNet,), "Predictor", "net", "Use Predictor.from_pretrained for a name or path.")
@@ -303,6 +308,10 @@ class Predictor:
         if device is not None:
             self.net.to(device)
         self.origin = dict(origin or {"checkpoint": None, "sha256": None})
+        if not optimize and dtype != torch.float32:
+            hint = "Pass optimize=True."
+            raise DtypeError(message("Predictor", "dtype", "torch.float32 without optimize", dtype, hint))
+        self._fast = OptimisedPudNet(self.net, dtype=dtype) if optimize else None
 
     @classmethod
     def from_pretrained(
@@ -311,6 +320,8 @@ class Predictor:
         *,
         target: nn.Module | None = None,
         device: str | torch.device | None = None,
+        optimize: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> Predictor:
         """Load a trained hypernetwork.
 
@@ -319,6 +330,7 @@ class Predictor:
                 ``pudnet.list_pretrained()``; else a repository of the Hugging Face Hub, ``owner/name``.
             target: the target network, where the checkpoint was made for a module and not a name.
             device: where to run; None for the CPU.
+            optimize, dtype: as for ``Predictor``.
 
         Raises:
             InputError: there is no such file, name or repository.
@@ -327,7 +339,8 @@ class Predictor:
         path = find_checkpoint(name)
         net = PudNet.load(path, target=target)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        return cls(net, device=device, origin={"checkpoint": str(name), "sha256": digest})
+        origin = {"checkpoint": str(name), "sha256": digest}
+        return cls(net, device=device, optimize=optimize, dtype=dtype, origin=origin)
 
     @property
     def device(self) -> torch.device:
@@ -336,7 +349,27 @@ class Predictor:
     def to(self, device: str | torch.device) -> Predictor:
         """Move to ``device``; returns itself."""
         self.net.to(device)
+        if self._fast is not None and self._fast.device != self.device:
+            self._fast = OptimisedPudNet(self.net, dtype=self._fast.dtype)
         return self
+
+    @torch.no_grad()
+    def generate(self, images: Any) -> dict[str, Tensor]:
+        """Predict weights alone, of one dataset or of several in one pass; several threads may do so at once.
+
+        Args:
+            images: uint8 ``[S, H, W, C]``, a ``Sketch``, or a list of these.
+
+        Returns:
+            ``{parameter name: [O, I, kH, kW]}``; for a list of B, ``{parameter name: [B, O, I, kH, kW]}``.
+
+        Raises:
+            InputError: images of another kind, or none.
+        """
+        if self._fast is None:
+            return self.net.generate(images)
+        several = isinstance(images, (list, tuple))
+        return self._fast.generate_batch(images) if several else self._fast.generate(images)
 
     def sketch(
         self,
@@ -414,7 +447,7 @@ class Predictor:
             sample = builder.finish()
             seen = sample if sketch is None else sketch
         with clock.stage("weights"):
-            network = self.net.materialise(self.net.generate(seen))
+            network = self.net.materialise(self.generate(seen))
         model = finish(
             network, source, sample, self.net.preprocess, head=head, batchnorm=batchnorm, seed=seed, clock=clock
         )
