@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -69,6 +70,11 @@ class Bench:
     def preprocess(self) -> Preprocess:
         return self.predictor.net.preprocess
 
+    @cached_property
+    def half_predictor(self) -> Predictor:
+        """The same with the generators' parameters in bfloat16, which only the fast path has."""
+        return Predictor(self.predictor.net, optimize=True, dtype=torch.bfloat16, origin=self.predictor.origin)
+
     @property
     def digest(self) -> str:
         """sha256 of the checkpoint file."""
@@ -111,9 +117,10 @@ class Row:
 Weights = Callable[[Bench, Task, Sketch], nn.Module]
 
 
-def _predicted(head: str) -> Callable[[Bench, Task], Outcome]:
+def _predicted(head: str, half: bool = False) -> Callable[[Bench, Task], Outcome]:
     def run(bench: Bench, task: Task) -> Outcome:
-        model = bench.predictor.predict(task.train.images, task.train.labels, head=head, seed=task.seed)
+        predictor = bench.half_predictor if half else bench.predictor
+        model = predictor.predict(task.train.images, task.train.labels, head=head, seed=task.seed)
         spent = model.report["seconds"]
         weights = spent["sketch"] + spent["weights"]
         seconds = {"weights": weights, "finish": spent["calibration"] + spent["head"], "total": spent["total"]}
@@ -218,6 +225,8 @@ ROWS: dict[str, Row] = {
     for row in (
         Row("predicted-cosine", "predicted weights, cosine", _predicted("cosine"), uses_checkpoint=True),
         Row("predicted-ridge", "predicted weights, ridge", _predicted("ridge"), uses_checkpoint=True),
+        Row("predicted-ridge-bfloat16", "predicted weights (bfloat16 parameters), ridge",
+            _predicted("ridge", half=True), uses_checkpoint=True),
         Row("predicted-ridge-last", "predicted weights, ridge-last", _predicted("ridge-last"), uses_checkpoint=True),
         Row("predicted-cosine-other", "predicted from another dataset's sketch, cosine",
             _finished(_predicted_from_other, "cosine"), uses_checkpoint=True, needs_other=True),

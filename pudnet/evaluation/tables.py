@@ -18,6 +18,7 @@ DIFFERENCES = (
     ("predicted, cosine, minus Adam 5 epochs", "predicted-cosine", "adam-5"),
     ("predicted, ridge, minus random weights, ridge", "predicted-ridge", "random-ridge"),
     ("predicted, ridge, minus PCA kernels, ridge", "predicted-ridge", "pca-ridge"),
+    ("predicted, ridge, bfloat16 minus float32 parameters", "predicted-ridge-bfloat16", "predicted-ridge"),
     ("conditioning gain (own sketch minus another's), predicted, ridge", "predicted-ridge", "predicted-ridge-other"),
     ("conditioning gain, predicted, cosine", "predicted-cosine", "predicted-cosine-other"),
     ("conditioning gain, PCA kernels, ridge", "pca-ridge", "pca-ridge-other"),

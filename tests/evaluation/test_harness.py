@@ -18,8 +18,8 @@ from pudnet.evaluation.tasks import GROUPS, Material, per_class, unseen_classes
 
 CLASSES = 8  # in each half
 HELD_OUT = [f"a{label}" for label in range(3)], [f"b{label}" for label in range(2, 6)]
-CHEAP = ("predicted-ridge", "predicted-cosine", "predicted-ridge-other", "random-ridge", "pca-ridge", "pixels-ridge")
-CHEAP += ("adam-5",)
+CHEAP = ("predicted-ridge", "predicted-ridge-bfloat16", "predicted-cosine", "predicted-ridge-other", "random-ridge")
+CHEAP += ("pca-ridge", "pixels-ridge", "adam-5")
 
 
 def write_npz(path: Path, prefix: str, side: int, channels: int, train: int, seed: int) -> None:
