@@ -16,11 +16,13 @@ def atomic_path(path: str | os.PathLike[str], where: str = "save") -> Iterator[P
     """Yield a temporary path beside ``path``; rename it to ``path`` when the block ends without an error.
 
     Raises:
-        InputError: the folder does not exist or cannot be written.
+        InputError: the folder does not exist or cannot be written, or ``path`` is a folder, a device or a pipe.
     """
     final = Path(path)
     if final.is_dir():
         raise InputError(message(where, "path", "a file name", f"the folder {str(final)!r}"))
+    if final.exists() and not final.is_file():  # renaming onto /dev/null would replace it for the whole machine
+        raise InputError(message(where, "path", "a regular file or a new one", f"the device or pipe {str(final)!r}"))
     try:
         handle, name = tempfile.mkstemp(dir=final.parent, prefix=f".{final.name}.", suffix=".tmp")
     except OSError as error:
