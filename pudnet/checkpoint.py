@@ -26,8 +26,9 @@ def save(path: str | os.PathLike[str], kind: str, config: Mapping[str, Any], ten
         kind: what the file holds (``"predictor"``, ``"model"``, ``"training"``, ...); ``load`` asks for it again.
 
     Raises:
-        InputError: the path cannot be written.
+        InputError: the path cannot be written, or the disk is full.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     header = {"format": FORMAT_VERSION, "kind": kind, "version": __version__, "config": dict(config)}
@@ -36,14 +37,18 @@ def save(path: str | os.PathLike[str], kind: str, config: Mapping[str, Any], ten
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
     with atomic_path(path) as temporary:
-        save_file(copies, temporary, metadata={HEADER_KEY: json.dumps(header)})
+        try:
+            save_file(copies, temporary, metadata={HEADER_KEY: json.dumps(header)})
+        except (SafetensorError, OSError) as error:
+            got = f"{str(path)!r} ({error})"
+            raise InputError(message("checkpoint.save", "path", "where a file can be written", got)) from error
 
 
 def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read what ``save`` wrote; returns ``(config, tensors)``.
 
     Raises:
-        InputError: there is no such file.
+        InputError: there is no such file, or it may not be read.
         CheckpointError: the file is truncated, of another version or kind, or not ours.
     """
     from safetensors import SafetensorError, safe_open
@@ -64,6 +69,8 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[
                 got = f"a {header.get('kind')!r} file, {str(path)!r}"
                 raise CheckpointError(message(where, "path", f"a {kind!r} file", got))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except OSError as error:
+        raise InputError(message(where, "path", "a readable file", f"{str(path)!r} ({error})")) from error
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
         got = f"{str(path)!r} ({error})"
         hint = "The file is damaged or not safetensors; get it again."

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pudnet import PudNet, checkpoint
@@ -134,3 +135,25 @@ def test_tensors_of_another_shape_are_a_checkpoint_error(tmp_path: Path) -> None
     checkpoint.save(tmp_path / "x", "predictor", config, tensors)
     with pytest.raises(CheckpointError, match=r"recurrence\.start"):
         PudNet.load(tmp_path / "x")
+
+
+def test_a_full_disk_is_bad_input_and_keeps_the_old_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = path.read_bytes()
+    for error in (OSError(28, "No space left on device"), SafetensorError("I/O error: no space left")):
+
+        def full(*arguments: object, error: Exception = error, **options: object) -> None:
+            raise error
+
+        monkeypatch.setattr("safetensors.torch.save_file", full)
+        with pytest.raises(InputError, match=r"(?i)no space left"):
+            checkpoint.save(path, "predictor", {}, TENSORS)
+    assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
+
+
+def test_a_file_that_may_not_be_read_is_bad_input(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*arguments: object, **options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("safetensors.safe_open", forbidden)
+    with pytest.raises(InputError, match="Permission denied"):
+        checkpoint.load(path, "predictor")
