@@ -323,6 +323,9 @@ def _open_npz(
         raise InputError(message(WHERE, "source", "an existing folder or .npz file", repr(str(path))))
     rule = "a folder, or an .npz file with x_train and y_train"
     try:
+        with open(path, "rb") as start:
+            if start.read(2) not in (b"PK", b"\x93N"):  # numpy would take it for a pickle, and advise to trust it
+                raise ValueError("neither")
         loaded = np.load(path, allow_pickle=False)
         if not isinstance(loaded, np.lib.npyio.NpzFile):
             raise ValueError("a single array")
@@ -336,7 +339,7 @@ def _open_npz(
         got = f"{str(path)!r} ({' '.join(str(error).split()) or type(error).__name__})"
         raise InputError(message(WHERE, "source", rule, got)) from error
     if f"y_{split}" not in arrays:
-        raise InputError(message(WHERE, "source", f"an .npz with y_{split}", f"{str(path)!r} with {', '.join(keys)}"))
+        raise InputError(message(WHERE, "source", f"an .npz with y_{split}", f"{str(path)!r} with {_listed(keys)}"))
     values = {key: label_array(array, key) for key, array in arrays.items()}
     names = [str(name) for name in values["class_names"]] if "class_names" in values else None
     known = values.get("y_train")
@@ -347,11 +350,15 @@ def _open_npz(
     return source
 
 
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "nothing"
+
+
 def _npz_images(file: Any, keys: Sequence[str], split: str, path: Path) -> Array:
     if f"x_{split}" in keys:
         return np.asarray(file[f"x_{split}"])
     if f"x_{split}_d2" not in keys:
-        raise InputError(message(WHERE, "source", f"an .npz with x_{split}", f"{str(path)!r} with {', '.join(keys)}"))
+        raise InputError(message(WHERE, "source", f"an .npz with x_{split}", f"{str(path)!r} with {_listed(keys)}"))
     planes = np.asarray(file[f"x_{split}_d2"])
     if planes.ndim != 4 or planes.shape[0] != 3 or planes.dtype != np.uint8:
         got = f"{planes.dtype} {list(planes.shape)}"

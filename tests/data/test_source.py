@@ -435,6 +435,17 @@ def test_damaged_npz(tmp_path: Path) -> None:
         open_images(tmp_path / "e.npy", size=9)
 
 
+def test_another_file_is_refused_without_advice_to_unpickle_it(tmp_path: Path) -> None:
+    path = tmp_path / "cat.png"
+    path.write_bytes(b"\x89PNG\r\n" + bytes(100))
+    with pytest.raises(InputError, match=r"an \.npz file with x_train.*cat\.png") as caught:
+        open_images(path, size=9)
+    assert "pickle" not in str(caught.value)
+    np.savez(tmp_path / "empty.npz")
+    with pytest.raises(InputError, match="with nothing"):
+        open_images(tmp_path / "empty.npz", size=9)
+
+
 def test_npz_without_a_test_part(tmp_path: Path) -> None:
     path = save_npz(tmp_path / "d.npz", x_test=None, y_test=None)
     assert open_images(path, size=9).counts == (4, 4, 4)
