@@ -73,17 +73,21 @@ class WeightLayout:
         A weight held by two modules is generated once; its other names are its ``aliases``.
 
         Raises:
-            InputError: ``module`` has no 2-D convolution, or one whose kernel is not a parameter of known shape.
+            InputError: ``module`` has no 2-D convolution, one whose kernel is not a parameter, or lazy parameters.
         """
         where = "WeightLayout.from_module"
+        for name, parameter in module.named_parameters():
+            if isinstance(parameter, UninitializedParameter):
+                rule, hint = "a module whose parameters have shapes", "Run a lazy module once."
+                raise InputError(message(where, "module", rule, f"none yet at {name!r}", hint))
         entries: list[GeneratedWeight] = []
         names: dict[int, list[str]] = {}
         found: list[nn.Conv2d | nn.ConvTranspose2d] = []
         for prefix, child in module.named_modules():
             if isinstance(child, GENERATED_MODULES) and child.weight is not None:
                 name = f"{prefix}.weight" if prefix else "weight"
-                if "weight" not in child._parameters or isinstance(child.weight, UninitializedParameter):
-                    hint = "Remove the parametrization, or run a lazy module once."
+                if "weight" not in child._parameters:
+                    hint = "Remove the parametrization."
                     rule = "a module whose convolution kernels are plain parameters"
                     raise InputError(message(where, "module", rule, f"another kind at {name!r}", hint))
                 if id(child.weight) not in names:
