@@ -24,6 +24,7 @@ from pudnet import checkpoint
 from pudnet._version import __version__
 from pudnet.batchnorm import POLICIES, set_policy
 from pudnet.data import ImageSource, Preprocess, open_images
+from pudnet.data.source import channels_last
 from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError, message
 from pudnet.features import feature_maps
 from pudnet.heads import Head, check_head, fit_head, head_from_config
@@ -292,6 +293,9 @@ class Predictor:
 
     Attributes:
         net: the copy, in eval mode. With ``optimize``, later changes of it do not reach the weights.
+
+    Raises:
+        InputError: the target network cannot read images of its input size.
     """
 
     def __init__(
@@ -307,6 +311,7 @@ class Predictor:
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
         if device is not None:
             self.net.to(device)
+        self.net.try_target(feature_maps)
         self.origin = dict(origin or {"checkpoint": None, "sha256": None})
         if not optimize and dtype != torch.float32:
             hint = "Pass optimize=True."
@@ -393,7 +398,9 @@ class Predictor:
         """
         builder = SketchBuilder(size, seed=seed, stream=stream)
         if isinstance(images, (np.ndarray, Tensor)) and labels is None:
-            builder.update(self.net.preprocess.resize(images), None)
+            for start in range(0, len(images), BATCH):
+                part = channels_last(images[start : start + BATCH], "Predictor.sketch")
+                builder.update(self.net.preprocess.resize(part), None)
             return builder.finish()
         side = self.net.config.image_size
         for batch, batch_labels in open_images(images, labels, size=side, split=split, classes=classes):

@@ -418,3 +418,23 @@ def test_bundled_checkpoint() -> None:
     model = pudnet.Predictor.from_pretrained("convnet3").predict(*digits.train)
     top1 = model.evaluate(*digits.test)["top1"]
     assert top1 > 0.96 and abs(top1 - model.report["expected_accuracy"]) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (nn.Sequential(nn.Conv2d(1, 4, 3)), "1 channels"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(5, 2)), "shapes cannot be multiplied"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3)).double(), "double"),
+    ],
+)
+def test_a_target_that_cannot_read_the_images_is_refused_at_once(target: nn.Module, words: str) -> None:
+    with pytest.raises(InputError, match=rf"network that reads .*3, {SIDE}, {SIDE}.*{words}"):
+        pudnet.Predictor(tiny_net(target))
+
+
+def test_sketch_without_labels_takes_every_form_of_array(predictor: pudnet.Predictor) -> None:
+    images, _ = coloured(100)
+    wanted = predictor.sketch(images, size=9).images
+    for given in (images.numpy(), images.permute(0, 3, 1, 2), images.float() / 255, images.double().numpy() / 255):
+        assert torch.equal(predictor.sketch(given, size=9).images, wanted)

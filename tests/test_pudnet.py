@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pudnet import PudNet
-from pudnet.errors import CheckpointError, InputError
+from pudnet.errors import CheckpointError, DtypeError, InputError
 from pudnet.ops import reference
 from pudnet.sketch import SketchBuilder
 from pudnet.targets import ConvNet3
@@ -263,3 +263,19 @@ def test_wrong_arguments_are_refused_by_name(arguments: dict[str, object], match
 def test_bad_sketches_are_refused(images: object) -> None:
     with pytest.raises(InputError):
         _own().generate(images)
+
+
+@pytest.mark.parametrize("images", [None, 3, "folder"])
+def test_what_is_no_sketch_is_refused(images: object) -> None:
+    net = PudNet("convnet3", image_size=16, width=8, generator_width=2)
+    for given in (images, [images]):
+        with pytest.raises(DtypeError, match="a numpy array or a torch tensor"):
+            net.generate(given)
+
+
+def test_one_image_in_training_mode_is_refused_where_batchnorm_needs_two() -> None:
+    net = PudNet("convnet3", preset="paper", image_size=16, width=8, generator_width=2)
+    image = torch.zeros(1, 16, 16, 3, dtype=torch.uint8)
+    with pytest.raises(InputError, match=r"two or more.*net\.eval"):
+        net.generate(image)
+    assert len(net.generate([image, image])) == len(net.eval().generate(image)) == 3

@@ -8,16 +8,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pudnet import bind, checkpoint
-from pudnet.data.preprocess import Preprocess
+from pudnet.data.preprocess import Preprocess, uint8_batch
 from pudnet.errors import CheckpointError, InputError, message
 from pudnet.nn.embedding import DatasetEmbedding
 from pudnet.nn.generators import WeightGenerators
@@ -25,6 +25,8 @@ from pudnet.nn.recurrence import LayerRecurrence
 from pudnet.sketch import Sketch
 from pudnet.specs import WeightLayout
 from pudnet.targets import build_target
+
+T = TypeVar("T")
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, the field's usual constants
 LARGEST_SKETCH_SIDE = 64
@@ -169,22 +171,55 @@ class PudNet(nn.Module):
 
         Returns:
             ``{parameter name: [O, I, kH, kW]}``; for a list of B, ``{parameter name: [B, O, I, kH, kW]}``.
+
+        Raises:
+            InputError: no image, or a single one where the embedding's BatchNorm is in training mode.
+            ShapeError, DtypeError: the images are not as said above.
         """
         several = isinstance(images, (list, tuple))
         sketches = list(images) if several else [images]
         if not sketches:
             raise InputError(message("PudNet.generate", "images", "at least one sketch", "an empty list"))
-        device = self.temperature.device
+        where, device = "PudNet.generate", self.temperature.device
         prepared = [self.preprocess(self._sketch_images(one)).to(device) for one in sketches]
-        flat = self(torch.cat(prepared), [len(part) for part in prepared])  # [B, P]
+        counts = [len(part) for part in prepared]
+        if self.training and self.config.embedding_norm == "batch" and sum(counts) < 2:
+            hint = "Call net.eval() first, or give more images."
+            raise InputError(message(where, "images", "two or more while the net is in training mode", 1, hint))
+        flat = self(torch.cat(prepared), counts)  # [B, P]
         return self.layout.views(flat if several else flat[0])
 
     @staticmethod
-    def _sketch_images(images: Images) -> Any:
-        found = images.images if isinstance(images, Sketch) else images
+    def _sketch_images(images: Images) -> Tensor:
+        found = images.images if isinstance(images, Sketch) else uint8_batch(images, "PudNet.generate")
         if len(found) == 0:
             raise InputError(message("PudNet.generate", "images", "at least one image a sketch", "an empty one"))
         return found
+
+    @torch.no_grad()
+    def try_target(self, run: Callable[[nn.Module, Tensor], T]) -> T:
+        """Run the target network on blank images, to refuse now what could not read any.
+
+        Args:
+            run: called with the target, its generated weights zero, in eval mode, and images ``[2, 3, H, W]``.
+
+        Returns:
+            What ``run`` returns.
+
+        Raises:
+            InputError: the target cannot read RGB images of ``image_size``.
+        """
+        device, side = self.temperature.device, self.config.image_size
+        network = self.materialise(self.layout.views(torch.zeros(self.layout.size, device=device))).eval()
+        try:
+            return run(network, torch.zeros(2, 3, side, side, device=device))
+        except InputError:
+            raise
+        except (RuntimeError, TypeError, ValueError) as error:
+            got = f"{type(self.target).__name__} ({' '.join(str(error).split())})"
+            rule = f"a network that reads float32 images [n, 3, {side}, {side}]"
+            hint = "Grey images become three equal channels."
+            raise InputError(message("PudNet", "target", rule, got, hint)) from error
 
     def call(self, weights: Mapping[str, Tensor], x: Tensor, method: str = "forward") -> Any:
         """Run the target network with ``weights`` on normalised images ``x [n, 3, H, W]``."""
