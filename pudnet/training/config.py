@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -144,14 +145,36 @@ class TrainingConfig:
             "episodes.groups": self.episodes.groups,
             "optimiser.steps": self.optimiser.steps,
             "optimiser.lr": self.optimiser.lr,
+            "optimiser.clip": self.optimiser.clip,
             "run.validate_every": self.run.validate_every,
             "run.log_every": self.run.log_every,
         }
+        positive |= {"data.weight": min(source.weight for source in self.data)}
         for name, value in positive.items():
-            if value <= 0:
+            if not 0 < value < math.inf:  # NaN fails any comparison
                 raise InputError(message("TrainingConfig", name, "positive", value))
+        not_negative = {
+            "seed": self.seed,
+            "augment.crop": self.augment.crop,
+            "optimiser.warmup": self.optimiser.warmup,
+            "optimiser.decay": self.optimiser.decay,
+        }
+        for name, value in not_negative.items():
+            if value < 0:
+                raise InputError(message("TrainingConfig", name, "at least 0", value))
         if self.episodes.classes < 2:
             raise InputError(message("TrainingConfig", "episodes.classes", "at least 2", self.episodes.classes))
+        betas = self.optimiser.betas
+        if len(betas) != 2 or not all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas):
+            raise InputError(message("TrainingConfig", "optimiser.betas", "two numbers from 0 to below 1", betas))
+        for source in self.data:
+            if not source.paths or not all(isinstance(path, str) for path in source.paths):
+                rule = "a list of at least one folder or .npz file"
+                raise InputError(message("TrainingConfig", "data.paths", rule, list(source.paths)))
+        if not isinstance(self.model, Mapping):
+            raise InputError(message("TrainingConfig", "model", "a table", repr(self.model)))
+        if elsewhere := sorted({"target", "preset", "seed"} & set(self.model)):
+            raise InputError(message("TrainingConfig", "model", "without what the file's top level says", elsewhere))
 
 
 def _build(kind: type[T], values: Any, section: str) -> T:

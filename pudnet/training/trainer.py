@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -101,15 +102,16 @@ class Trainer:
         if pool.smallest < wanted.support + wanted.query:
             rule = f"at most {pool.smallest}, the images of the smallest class"
             raise InputError(message("Trainer", "episodes.support + query", rule, wanted.support + wanted.query))
+        side, crop = self.net.config.image_size, self.config.augment.crop
+        if crop >= side:
+            raise InputError(message("Trainer", "augment.crop", f"less than the image size, {side}", crop))
 
-    @torch.no_grad()
     def _feature_width(self) -> int:
-        side = self.net.config.image_size
-        self.net.eval()
-        weights = self.net.generate(torch.zeros(1, side, side, 3, dtype=torch.uint8))
-        width = self.net.call(weights, torch.zeros(1, 3, side, side, device=self.device)).shape[1]
-        self.net.train()
-        return int(width)
+        features = self.net.try_target(lambda network, images: network(images))
+        if not isinstance(features, Tensor) or features.dim() != 2:
+            got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise InputError(message("Trainer", "target", "a network that gives features [n, F]", got))
+        return int(features.shape[1])
 
     def rate(self, step: int) -> float:
         """Learning rate of step ``step`` (from 0)."""
@@ -322,6 +324,7 @@ def _train(
     if chief:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()  # an existing folder may still not be writable
         except OSError as error:
             got = f"{str(folder)!r} ({error.strerror})"
             raise InputError(message("train", "run.output", "a folder that can be written", got)) from error

@@ -33,6 +33,16 @@ def test_defaults_and_round_trip(tmp_path):
         (GOOD + "[optimiser]\nsteps = 0\n", "optimiser.steps"),
         ('target = "convnet3"\n[[data]]\npaths = "a.npz"\n', "data.paths"),
         ("target = \n", "a TOML file"),
+        ('target = "convnet3"\n[[data]]\npaths = []\n', "data.paths"),
+        (GOOD + "weight = -1\n", "data.weight"),
+        ("seed = -1\n" + GOOD, "seed"),
+        (GOOD + "[augment]\ncrop = -1\n", "augment.crop"),
+        (GOOD + "[optimiser]\nlr = nan\n", "optimiser.lr"),
+        (GOOD + "[optimiser]\nbetas = [0.9]\n", "optimiser.betas"),
+        (GOOD + '[optimiser]\nbetas = [0.9, "a"]\n', "optimiser.betas"),
+        (GOOD + "[optimiser]\nwarmup = -1\n", "optimiser.warmup"),
+        (GOOD + '[model]\ntarget = "resnet18"\n', "model"),
+        ("model = [1]\n" + GOOD, "model"),
     ],
 )
 def test_mistakes_are_named(tmp_path, text, says):

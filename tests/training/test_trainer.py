@@ -157,6 +157,13 @@ def test_errors(settings, tmp_path):
     for name, value in (("classes", 8), ("query", 9)):
         with pytest.raises(InputError, match=f"episodes.*{name} must be at most"):
             Trainer(config_of({**settings, "episodes": {**settings["episodes"], name: value}}))
+    for change, words in (
+        ({"augment": {"crop": 32}}, "augment.crop must be less than the image size"),
+        ({"target": "unet", "model": {"image_size": 32}}, r"features \[n, F\]"),
+        ({"model": {"image_size": 4}}, "network that reads .*3, 4, 4"),
+    ):
+        with pytest.raises(InputError, match=words):
+            Trainer(config_of({**settings, "augment": {"crop": 0}, **change}))
     settings["data"][0]["held_out"] = ["unheard of"]
     with pytest.raises(InputError, match="unheard of"):
         Trainer(config_of(settings))
