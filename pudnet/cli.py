@@ -194,12 +194,15 @@ def classify(
     as_json: Json = False,
 ) -> None:
     """Say what MODEL sees on each IMAGE, and how probable it is."""
+    import torch
+
     from pudnet.data.pillow import read_image
     from pudnet.predictor import load
 
     console = _console(as_json)
     loaded = load(model).to(_device(device))
-    answers = loaded.classify([read_image(path) for path in images])
+    resized = [loaded.preprocess.resize([torch.from_numpy(read_image(path))]) for path in images]
+    answers = loaded.classify(torch.cat(resized))
     table = _table("image", "class", "probability")
     results = []
     for path, label, row in zip(images, answers.labels, answers.probabilities.tolist(), strict=True):
@@ -326,10 +329,12 @@ def _plain(value: object) -> str:
 def _notes(console: Console, report: Mapping[str, Any]) -> None:
     """Warnings and skipped files."""
     for text in report["warnings"]:
-        console.print(f"Warning: {text}", markup=False)
+        console.print(f"Warning: {text}", soft_wrap=True, markup=False)
     skipped = report["skipped"]
     if skipped:
-        console.print(f"{len(skipped)} files were skipped, the first: {skipped[0][0]} ({skipped[0][1]})", markup=False)
+        count = "1 file was" if len(skipped) == 1 else f"{len(skipped)} files were"
+        text = f"{count} skipped, the first: {skipped[0][0]} ({skipped[0][1]})"
+        console.print(text, soft_wrap=True, markup=False)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, object]]:

@@ -149,7 +149,19 @@ def test_folder_predict_evaluate_classify(tiny: Path, tmp_path: Path) -> None:
     assert all(row["probability"] == max(row["probabilities"].values()) > 0.5 for row in results)
     text = run("classify", tmp_path / "m", *files)
     assert "red [x]" in text.stdout and str(files[0]) in text.stdout
-    assert "1 files were skipped" in run("evaluate", tmp_path / "m", folder).stdout
+    assert "1 file was skipped" in run("evaluate", tmp_path / "m", folder).stdout
+
+
+def test_classify_takes_images_of_any_size_and_mode(model: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    files = []
+    for mode, size in (("L", (5, 90)), ("RGBA", (40, 7)), ("CMYK", (16, 16)), ("1", (1, 1))):
+        files.append(tmp_path / f"{mode}.tif")
+        Image.new(mode, size).save(files[-1])
+    together = run_json("classify", model, *files)["results"]
+    alone = [run_json("classify", model, file)["results"][0] for file in files]
+    assert [row["label"] for row in together] == [row["label"] for row in alone]
 
 
 def test_single_image_class_is_a_warning(tiny: Path, tmp_path: Path) -> None:
@@ -309,7 +321,8 @@ def test_bad_checkpoints(tiny: Path, model: Path, data: Path, tmp_path: Path) ->
 
 
 def test_bad_output(tiny: Path, data: Path, tmp_path: Path) -> None:
-    for output in (tmp_path / "absent" / "m", tmp_path, data / "m"):
+    os.mkfifo(tmp_path / "pipe")
+    for output in (tmp_path / "absent" / "m", tmp_path, data / "m", tmp_path / "pipe", Path("/dev/null")):
         result = run("predict", data, "-o", output, "--checkpoint", tiny)
         assert_bad_input(result, str(output))
     assert_bad_input(run("demo", "--checkpoint", tiny, "--folder", data), str(data))
