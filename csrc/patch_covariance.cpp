@@ -24,6 +24,7 @@ namespace {
 
 constexpr std::int64_t kChunkBytes = 512 << 10;  // half of a usual second-level cache
 constexpr std::int64_t kChunkPixels = 2048;      // bounds the rounding error of sums in float
+constexpr std::int64_t kFinish = 16;
 constexpr std::int64_t kLineFloats = 16;         // a pixel begins a cache line
 
 // Where the pixels of one cell lie in the chunk.
@@ -164,22 +165,27 @@ Chunks plan_chunks(const PatchCovariance& args) {
   return c;
 }
 
-// A row of the covariance from the blocks: channel c, kernel position o, with all channels and positions.
-void finish_row(const PatchCovariance& args, std::int64_t c, std::int64_t o, double count, const double* blocks,
-                const double* sums, float* row) {
+// The covariance of the channels row.. with the channels column.., up to kFinish of each, at all kernel positions. In such
+// squares the blocks that have to be transposed are still read from the cache.
+void finish_square(const PatchCovariance& args, std::int64_t row, std::int64_t column, std::int64_t count,
+                   const double* blocks, const double* sums, float* covariance) {
   const std::int64_t positions = args.kernel * args.kernel, channels = args.channels;
-  const double share = 1.0 / count, own = sums[o * channels + c] * share;
-  for (std::int64_t p = 0; p < positions; ++p) {
-    const bool later = o <= p;
-    const double* const block = blocks + block_of(std::min(o, p), std::max(o, p), positions) * channels * channels;
-    const double* const values = later ? block + c * channels : block + c;
-    const std::int64_t step = later ? 1 : channels;
-    for (std::int64_t j = 0; j < channels; ++j) {
-      row[j * positions + p] = static_cast<float>(values[j * step] * share - own * (sums[p * channels + j] * share));
+  const std::int64_t row_end = std::min(row + kFinish, channels), column_end = std::min(column + kFinish, channels);
+  const double share = 1.0 / static_cast<double>(count);
+  for (std::int64_t o = 0; o < positions; ++o) {
+    for (std::int64_t p = 0; p < positions; ++p) {
+      const double* const block = blocks + block_of(std::min(o, p), std::max(o, p), positions) * channels * channels;
+      const std::int64_t row_step = o <= p ? channels : 1, column_step = o <= p ? 1 : channels;
+      for (std::int64_t c = row; c < row_end; ++c) {
+        float* const to = covariance + (c * positions + o) * args.patch() + p;
+        const double mean = sums[o * channels + c] * share;
+        for (std::int64_t j = column; j < column_end; ++j) {
+          const double other = sums[p * channels + j] * share;
+          to[j * positions] = static_cast<float>(block[c * row_step + j * column_step] * share - mean * other);
+        }
+      }
     }
   }
-  float& variance = row[c * positions + o];
-  if (variance < 0.0f) variance = 0.0f;  // written so that NaN stays NaN
 }
 
 struct Free {
@@ -202,6 +208,7 @@ void patch_covariance_cpu(const PatchCovariance& args, int threads, const std::s
   std::vector<float> shift(channels);
   const std::vector<Displacement> displacements = plan(args, blocks.get(), sums.data());
   const std::int64_t row_tiles = (channels + kernels.rows - 1) / kernels.rows;
+  const std::int64_t squares = (channels + kFinish - 1) / kFinish;
   const std::int64_t tasks = static_cast<std::int64_t>(displacements.size()) * row_tiles;
 
   const auto image = [&](std::int64_t at) { return args.images + groups.order[at] * args.image_stride; };
@@ -263,10 +270,16 @@ void patch_covariance_cpu(const PatchCovariance& args, int threads, const std::s
         }
       }
 #pragma omp for schedule(static)
+      for (std::int64_t square = 0; square < squares * squares; ++square) {
+        finish_square(args, square / squares * kFinish, square % squares * kFinish, count, blocks.get(), sums.data(),
+                      covariance);
+      }
+#pragma omp for schedule(static)
       for (std::int64_t i = 0; i < patch; ++i) {
         const std::int64_t channel = i / positions, o = i % positions;
         means[i] = static_cast<float>(shift[channel] + sums[o * channels + channel] / static_cast<double>(count));
-        finish_row(args, channel, o, static_cast<double>(count), blocks.get(), sums.data(), covariance + i * patch);
+        float& variance = covariance[i * patch + i];
+        if (variance < 0.0f) variance = 0.0f;  // written so that NaN stays NaN
       }
     }
   }
