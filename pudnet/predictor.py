@@ -247,16 +247,19 @@ def load(path: str | os.PathLike[str], target: nn.Module | None = None) -> Predi
         weights = _part(tensors, "network.")
         _match_batch_norms(network, weights)
         network.load_state_dict(weights)
+        head, classes = head_from_config(config["head"], _part(tensors, "head.")), config["classes"]
+        if not isinstance(classes, list) or len(classes) != head.num_classes:
+            raise CheckpointError(message(where, "classes", f"a list of {head.num_classes} names", repr(classes)))
         return PredictedModel(
             network,
-            head_from_config(config["head"], _part(tensors, "head.")),
+            head,
             Preprocess.from_dict(config["preprocess"]),
-            config["classes"],
+            classes,
             batchnorm=config["batchnorm"],
             target_name=name,
             report=config["report"],
         )
-    except (KeyError, TypeError, RuntimeError, InputError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         got = f"{str(path)!r} ({_one_line(error)})"
         hint = "It was made for another target network or another version."
         raise CheckpointError(message(where, "path", "a model that fits", got, hint)) from error
@@ -275,10 +278,12 @@ def _match_batch_norms(network: nn.Module, weights: Mapping[str, Tensor]) -> Non
     for prefix, norm in network.named_modules():
         if not isinstance(norm, _BatchNorm):
             continue
-        norm.track_running_stats = f"{prefix}.running_mean" in weights
-        for name in ("running_mean", "running_var", "num_batches_tracked"):
-            stored = weights.get(f"{prefix}.{name}")
-            setattr(norm, name, None if stored is None else torch.zeros_like(stored))
+        norm.track_running_stats = f"{prefix}.running_mean" in weights or f"{prefix}.running_var" in weights
+        if norm.track_running_stats:
+            norm.running_mean, norm.running_var = torch.zeros(norm.num_features), torch.ones(norm.num_features)
+            norm.num_batches_tracked = torch.tensor(0)
+        else:
+            norm.running_mean = norm.running_var = norm.num_batches_tracked = None
 
 
 class Predictor:

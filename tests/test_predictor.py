@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import pudnet
+from pudnet import checkpoint
 from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError
 from pudnet.predictor import PRETRAINED, STAGES, Classification, StageClock
 
@@ -334,6 +335,24 @@ def test_load_refuses_other_files(model: pudnet.PredictedModel, tmp_path: Path) 
         pudnet.load(tmp_path / "missing")
     with pytest.raises(InputError, match="folder"):
         model.save(tmp_path / "no folder" / "model")
+
+
+def test_load_refuses_a_model_whose_parts_do_not_fit(model: pudnet.PredictedModel, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    model.save(path)
+    config, tensors = checkpoint.load(path, "model")
+    name = "network.norms.1.running_mean"
+    changes: list[tuple[dict[str, Any], dict[str, Tensor]]] = [
+        (config, {key: tensor for key, tensor in tensors.items() if key != name}),
+        (config, {**tensors, name: torch.zeros(5)}),
+        ({**config, "classes": ["a"]}, tensors),
+        ({**config, "classes": "abc"}, tensors),
+        ({**config, "report": "text"}, tensors),
+    ]
+    for wrong_config, wrong_tensors in changes:
+        checkpoint.save(path, "model", wrong_config, wrong_tensors)
+        with pytest.raises(CheckpointError, match="fits"):
+            pudnet.load(path)
 
 
 # ---- where hypernetworks come from ------------------------------------------------------------------------------
