@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from pudnet.errors import InputError
+from pudnet.errors import InputError, message
 from pudnet.evaluation import harness, tables
 from pudnet.evaluation.rows import ROWS, Bench
 from pudnet.evaluation.tasks import GROUPS
+from pudnet.files import atomic_path
 
 QUICK_REPEATS = 2
 
@@ -55,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
+    for name, value, least in (("--tasks", options.tasks, 1), ("--ways", options.ways, 2), ("--seed", options.seed, 0)):
+        if value < least:
+            raise InputError(message("evaluation", name, f"at least {least}", value))
     known = [] if options.fresh else harness.load_records(options.json)
     data = options.data if options.data.is_dir() else None
     if data is None:
@@ -91,16 +95,26 @@ def _run(options: argparse.Namespace) -> int:
         tops = ", ".join(f"{record['row']} {100 * record['top1']:.1f}" for record in records)
         print(f"[{tasks}/{of}] {records[0]['group']} {records[0]['number']}: {tops}", file=sys.stderr, flush=True)
 
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    records, skipped = harness.run(settings, known=known, workers=options.workers, progress=progress)
-    complete = {**document, "skipped": skipped, "records": records}
-    harness.save(options.json, complete)
-    pictures = tables.draw_pictures(complete, options.json.parent)
-    relative = {title: os.path.relpath(path, options.output.parent) for title, path in pictures.items()}
-    options.output.write_text(tables.markdown(complete, relative))
+    for path in (options.json, options.output):
+        _make_folder(path.parent)
+    # The page is claimed first, so that a path that cannot be written costs no work.
+    with atomic_path(options.output, "evaluation") as page:
+        records, skipped = harness.run(settings, known=known, workers=options.workers, progress=progress)
+        complete = {**document, "skipped": skipped, "records": records}
+        harness.save(options.json, complete)
+        pictures = tables.draw_pictures(complete, options.json.parent)
+        relative = {title: os.path.relpath(path, options.output.parent) for title, path in pictures.items()}
+        page.write_text(tables.markdown(complete, relative))
     print(f"{options.output}, {options.json} and {len(pictures)} pictures beside it", file=sys.stderr)
     return 0
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        got = f"{str(path)!r} ({error.strerror})"
+        raise InputError(message("evaluation", "the folder", "one that can be made", got)) from error
 
 
 def _command(options: argparse.Namespace) -> str:
