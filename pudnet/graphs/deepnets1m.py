@@ -34,6 +34,7 @@ MOST_PARAMETERS = 10_000_000
 MOST_DRAWS = 500  # most settings need fewer than 20
 SHALLOW = 10  # cells, at most, of a network without BatchNorm
 WIDTHS = (16, 32, 64)
+STEMS = (0, 1)
 
 # Nodes per network as published (mean, standard deviation), and networks in the split.
 PUBLISHED = {"train": (192, 95), "deep": (391, 177), "dense": (355, 182), "bnfree": (135, 78)}
@@ -66,6 +67,15 @@ class Genotype:
     fc_layers: int
     global_pooling: bool
     batch_norm: bool
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What may be restricted to get light networks; see ``deepnets``."""
+
+    widths: tuple[int, ...]
+    most_cells: int
+    stems: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -109,6 +119,8 @@ def deepnets(
     image_size: int = 32,
     widths: Sequence[int] = WIDTHS,
     most_parameters: int = MOST_PARAMETERS,
+    most_cells: int | None = None,
+    stems: Sequence[int] = STEMS,
 ) -> Iterator[DeepNet]:
     """Yield architectures ``start`` .. ``start + n - 1`` of a split.
 
@@ -122,10 +134,13 @@ def deepnets(
         image_size: side of the square images.
         widths: initial channels to choose from (times four in ``"wide"``); fewer make light networks.
         most_parameters: larger networks are rejected.
+        most_cells: networks have no more cells; None for the split's own limit.
+        stems: stem types to choose from; only 1 (a quarter of the side from the start) makes networks cheap to run.
 
     Raises:
-        InputError: no split has that name; ``n`` or ``start`` is negative; the split has fewer networks; while
-            iterating: ``most_parameters`` rejects every network.
+        InputError: no split has that name; ``n`` or ``start`` is negative; the split has fewer networks; ``most_cells``
+            is below the least of the split; no ``stems``, or unknown ones; while iterating: ``most_parameters`` rejects
+            every network.
     """
     where = "graphs.deepnets"
     if split not in SIZES:
@@ -135,26 +150,31 @@ def deepnets(
         raise InputError(message(where, "n and start", "not negative", (n, start)))
     if start + n > SIZES[split]:
         raise InputError(message(where, "n", f"at most {SIZES[split] - start} for {split!r}", n))
-    return _networks(split, n, seed, start, classes, image_size, tuple(widths), most_parameters)
+    least, most = _cell_range(split)
+    most_cells = most if most_cells is None else most_cells
+    if most_cells < least:
+        raise InputError(message(where, "most_cells", f"at least {least} for {split!r}", most_cells))
+    if not stems or not set(stems) <= set(STEMS):
+        raise InputError(message(where, "stems", f"some of {list(STEMS)}", list(stems)))
+    choices = Choices(tuple(widths), min(most, most_cells), tuple(stems))
+    return _networks(split, n, seed, start, classes, image_size, choices, most_parameters)
 
 
 def _networks(
-    split: str, n: int, seed: int, start: int, classes: int, size: int, widths: tuple[int, ...], most: int
+    split: str, n: int, seed: int, start: int, classes: int, size: int, choices: Choices, most: int
 ) -> Iterator[DeepNet]:
     for index in range(start, start + n):
         if split == "predefined":
             kind = (ResNet50, ViT)[index]
             yield DeepNet(kind.__name__, None, partial(kind, classes=classes, image_size=size), size)
             continue
-        yield _first_valid(split, seed, index, classes, size, widths, most)
+        yield _first_valid(split, seed, index, classes, size, choices, most)
 
 
-def _first_valid(
-    split: str, seed: int, index: int, classes: int, size: int, widths: tuple[int, ...], most: int
-) -> DeepNet:
+def _first_valid(split: str, seed: int, index: int, classes: int, size: int, choices: Choices, most: int) -> DeepNet:
     draw = random.Random(f"deepnets/{split}/{seed}/{index}")
     for _ in range(MOST_DRAWS):
-        genotype = sample(split, draw, widths)
+        genotype = sample(split, draw, choices)
         if not _is_valid(genotype.normal, genotype.reduction):
             continue
         found = DeepNet(f"{split}-{index}", genotype, partial(Network, genotype, classes, size), size)
@@ -162,25 +182,28 @@ def _first_valid(
         # A cell that no later one reads is disconnected: its parameters do not reach the output.
         if count <= most * (4 if split == "wide" else 1) and not found.graph.unpredicted:
             return found
-    rule = f"large enough for networks of widths {list(widths)}"
+    rule = f"large enough for networks of widths {list(choices.widths)}"
     raise InputError(message("graphs.deepnets", "most_parameters", rule, most))
 
 
-def sample(split: str, draw: random.Random, widths: Sequence[int] = WIDTHS) -> Genotype:
+def _cell_range(split: str) -> tuple[int, int]:
+    return (10, 36) if split == "deep" else (4, 18)
+
+
+def sample(split: str, draw: random.Random, choices: Choices) -> Genotype:
     """Draw a genotype; it may be one that the space rejects."""
     least_nodes, most_nodes = (2, 10) if split == "dense" else (1, 4)
-    least_cells, most_cells = (10, 36) if split == "deep" else (4, 18)
-    cells = draw.randint(least_cells, most_cells)
+    cells = draw.randint(_cell_range(split)[0], choices.most_cells)
     nodes = draw.randint(least_nodes, most_nodes)
     batch_norm = split != "bnfree" and (cells > SHALLOW or draw.random() < 0.8)
     return Genotype(
         normal=_cell(draw, nodes),
         reduction=_cell(draw, nodes),
         cells=cells,
-        channels=draw.choice(list(widths)) * (4 if split == "wide" else 1),
+        channels=draw.choice(choices.widths) * (4 if split == "wide" else 1),
         growth=draw.choice((1, 2)),
         stem_kernel=draw.choice((3, 5, 7)),
-        stem_type=draw.choice((0, 1)),
+        stem_type=draw.choice(choices.stems),
         fc_layers=draw.choice((1, 2)),
         global_pooling=draw.random() < 0.9,
         batch_norm=batch_norm,

@@ -66,6 +66,16 @@ def test_bad_arguments(arguments: tuple[object, ...]) -> None:
         deepnets(*arguments[:2], start=500 if len(arguments) == 3 else 0)  # type: ignore[arg-type]
 
 
+def test_light_networks_keep_the_limits() -> None:
+    drawn = list(deepnets("train", 6, widths=(8, 12), most_parameters=100_000, most_cells=5, stems=(1,)))
+    settings = [network.genotype for network in drawn]
+    assert all(g is not None and g.cells in (4, 5) and g.channels in (8, 12) and g.stem_type == 1 for g in settings)
+    assert all(network.graph.num_parameters <= 100_000 for network in drawn)
+    for limit in ({"most_cells": 3}, {"stems": ()}, {"stems": (2,)}):
+        with pytest.raises(InputError, match=next(iter(limit))):
+            deepnets("train", 1, **limit)  # type: ignore[arg-type]
+
+
 def test_limits_no_network_meets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pudnet.graphs.deepnets1m.MOST_DRAWS", 8)
     with pytest.raises(InputError, match="most_parameters"):
