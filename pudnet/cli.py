@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
     from rich.table import Table
+    from torch import nn
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -41,6 +42,15 @@ Data = Annotated[Path, typer.Argument(help="Folder with one sub-folder per class
 Model = Annotated[Path, typer.Argument(help="Model written by `pudnet predict`.", show_default=False)]
 Checkpoint = Annotated[str, typer.Option(help="The hypernetwork: path, bundled name or Hub id.")]
 HeadName = Annotated[str, typer.Option("--head", help="Classifier: ridge, ridge-last or cosine.")]
+Network = Annotated[
+    str,
+    typer.Argument(
+        help="FILE.py:factory, a function of your own file without arguments that returns the network; [bold]the file "
+        "is imported, so its code is run[/bold]. Or a preset: resnet50, vit, resnet18, ...; or a network of "
+        "DeepNets-1M: test-3.",
+        show_default=False,
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; the tables go to stderr.")]
@@ -54,8 +64,11 @@ def main() -> None:
         sys.exit(130)
 
 
-def _command(example: str) -> Callable[[F], F]:
-    """Register a command whose errors become exit codes: 2 bad input, 1 other errors of ours, 130 interrupted."""
+def _command(example: str, name: str | None = None) -> Callable[[F], F]:
+    """Register a command whose errors become exit codes: 2 bad input, 1 other errors of ours, 130 interrupted.
+
+    ``name`` is for a command that is not called like its function.
+    """
 
     def register(function: F) -> F:
         @functools.wraps(function)
@@ -69,7 +82,7 @@ def _command(example: str) -> Callable[[F], F]:
             except PudnetError as error:
                 _fail(str(error), 1)
 
-        app.command(epilog=f"Example:\n\n    {example}")(guarded)
+        app.command(name, epilog=f"Example:\n\n    {example}")(guarded)
         return function
 
     return register
@@ -267,6 +280,87 @@ def train(
         _emit({"predictor": str(path), "steps": settings.optimiser.steps, "seconds": seconds, **latest}, as_json)
 
 
+@_command("pudnet predict-arch mynets.py:make_net --checkpoint ghn.safetensors --input 3x32x32", "predict-arch")
+def predict_arch(
+    network: Network,
+    checkpoint: Annotated[str, typer.Option(help="The GHN: path, bundled name or Hub id.", show_default=False)],
+    shape: Annotated[str, typer.Option("--input", help="One input, as 3x32x32. Without: the GHN's own.")] = "",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the weights go.")] = Path("weights.safetensors"),
+    partial: Annotated[bool, typer.Option("--partial", help="Leave out parameters the network does not use.")] = False,
+    device: Device = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Predict all parameters of NETWORK and save them; `safetensors.torch.load_file` reads them as a state dict."""
+    import time
+
+    from pudnet import checkpoint as checkpoints
+    from pudnet.files import atomic_path
+    from pudnet.graphs import trace
+    from pudnet.models.ghn import GHN
+
+    console = _console(as_json)
+    where = "pudnet predict-arch"
+    size = _input_shape(shape, where) if shape else None
+    with atomic_path(output, where) as claimed:
+        ghn = GHN.from_pretrained(checkpoint, device=_device(device))
+        size = size or ghn.config.input_shape
+        module = _network(network, size, ghn.config.num_classes, seed)
+        start = time.perf_counter()
+        graph = trace(module, size)
+        traced = time.perf_counter()
+        weights = ghn.generate(graph, partial=partial)
+        done = time.perf_counter()
+        checkpoints.save(claimed, "weights", {"network": network, "ghn": checkpoint, "input": list(size)}, weights)
+    if graph.unpredicted:
+        console.print(f"Left out, as the network does not use them: {', '.join(graph.unpredicted)}", soft_wrap=True)
+    console.print(
+        f"{graph.num_parameters:,} parameters in {len(weights)} tensors, from a graph of {len(graph.nodes)} nodes: "
+        f"{1000 * (traced - start):.0f} ms for the graph, {1000 * (done - traced):.0f} ms for the weights"
+    )
+    console.print(f"Weights: {output}", soft_wrap=True, markup=False)
+    result = {
+        "weights": str(output),
+        "nodes": len(graph.nodes),
+        "tensors": len(weights),
+        "parameters": graph.num_parameters,
+        "left_out": list(graph.unpredicted),
+        "seconds": {"graph": traced - start, "weights": done - traced},
+    }
+    _emit(result, as_json)
+
+
+@_command("pudnet graph resnet50 -o resnet50.svg")
+def graph(
+    network: Network,
+    shape: Annotated[str, typer.Option("--input", help="One input of NETWORK.")] = "3x32x32",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the drawing goes.")] = Path("graph.svg"),
+    device: Annotated[str, typer.Option(help="Accepted by every command; nothing is computed here.")] = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Draw the graph of NETWORK, as a GHN sees it, as SVG."""
+    from collections import Counter
+
+    from pudnet.files import atomic_path
+    from pudnet.graphs import draw, trace
+
+    console = _console(as_json)
+    size = _input_shape(shape, "pudnet graph")
+    with atomic_path(output, "pudnet graph") as claimed:
+        found = trace(_network(network, size, 10, seed), size)
+        claimed.write_text(draw(found), encoding="utf-8")
+    kinds = dict(Counter(node.primitive for node in found.nodes).most_common())
+    table = _table("operation", "nodes")
+    for name, count in kinds.items():
+        table.add_row(name, str(count))
+    console.print(table)
+    console.print(f"{len(found.nodes)} nodes, {len(found.edges)} edges, {found.num_parameters:,} parameters")
+    console.print(f"Drawing: {output}", soft_wrap=True, markup=False)
+    counts = {"nodes": len(found.nodes), "edges": len(found.edges), "parameters": found.num_parameters}
+    _emit({"drawing": str(output), **counts, "operations": kinds}, as_json)
+
+
 @_command("pudnet info --json")
 def info(
     device: Device = "auto",
@@ -284,6 +378,20 @@ def info(
         table.add_row(_plain(name), _plain(value))
     console.print(table)
     _emit(found, as_json)
+
+
+def _input_shape(text: str, where: str) -> tuple[int, ...]:
+    """``"3x32x32"`` as (3, 32, 32)."""
+    sides = text.lower().split("x")
+    if not all(side.isascii() and side.isdigit() and 0 < int(side) < 10**6 for side in sides):
+        raise InputError(message(where, "--input", "positive sizes of one input, as 3x32x32", repr(text)))
+    return tuple(map(int, sides))
+
+
+def _network(name: str, shape: tuple[int, ...], classes: int, seed: int) -> nn.Module:
+    from pudnet.graphs import make_network
+
+    return make_network(name, classes=classes, image_size=shape[-1], seed=seed)
 
 
 def _device(name: str) -> torch.device:

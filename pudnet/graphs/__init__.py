@@ -3,6 +3,7 @@
 from pudnet.graphs.deepnets1m import DeepNet, deepnets, statistics
 from pudnet.graphs.drawing import draw
 from pudnet.graphs.graph import PRIMITIVES, ArchGraph, GraphNode, GraphParameter
+from pudnet.graphs.networks import make_network, preset_networks
 from pudnet.graphs.tracing import trace
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "GraphParameter",
     "deepnets",
     "draw",
+    "make_network",
+    "preset_networks",
     "statistics",
     "trace",
 ]
