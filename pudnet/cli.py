@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., None])
 
 MOST_CLASS_ROWS = 30
+LARGEST_SEED = 2**63 - 1  # of torch's generators
 
 app = typer.Typer(
     name="pudnet",
@@ -52,7 +53,7 @@ Network = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of everything random.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout; the tables go to stderr.")]
 
 
@@ -231,7 +232,9 @@ def train(
     config: Annotated[Path, typer.Argument(help="TOML file of the run.", show_default=False)],
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in the output folder stopped.")] = False,
     device: Device = "auto",
-    seed: Annotated[int | None, typer.Option(min=0, help="Instead of the seed in CONFIG.", show_default=False)] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=LARGEST_SEED, help="Instead of the seed in CONFIG.", show_default=False)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a hypernetwork as CONFIG says. Ctrl-C keeps a checkpoint to --resume from."""

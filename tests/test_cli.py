@@ -335,7 +335,8 @@ def test_bad_options(tiny: Path, model: Path, data: Path, tmp_path: Path) -> Non
     assert_bad_input(run(*predict, "--device", "abacus"), "abacus")
     assert_bad_input(run(*predict, "--device", "meta"), "meta")
     assert_bad_input(run(*predict, "--split", "half"), "half")
-    assert run(*predict, "--seed", "one").exit_code == 2
+    for seed in ("one", "-1", str(2**64)):
+        assert run(*predict, "--seed", seed).exit_code == 2
     assert run("predict").exit_code == 2
     (tmp_path / "not an image.png").write_bytes(b"?")
     assert_bad_input(run("classify", model, tmp_path / "not an image.png"), "not an image.png")
