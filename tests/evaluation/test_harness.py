@@ -156,7 +156,11 @@ def test_command_renders_resumes_and_reports_errors(
     assert "none.safetensors" in capsys.readouterr().err
     page.write_text("the old page")
     in_a_file, short = str(numbers / "page.md"), command[: command.index("-o")]
-    for wrong, word in ((["-o", in_a_file], "evaluation.json"), (["-o", str(tmp_path)], "folder"), (["--tasks", "0"], "--tasks")):
+    for wrong, word in (
+        (["-o", in_a_file], "evaluation.json"),
+        (["-o", str(tmp_path)], "folder"),
+        (["--tasks", "0"], "--tasks"),
+    ):
         assert main([*short, "--json", str(tmp_path / "other.json"), "--workers", "0", "-o", str(page), *wrong]) == 2
         assert word in capsys.readouterr().err
     assert page.read_text() == "the old page"
