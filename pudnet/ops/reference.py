@@ -109,7 +109,7 @@ def graph_recurrence(
     """Gated message passing in topological order (GHN-2, gated graph network): one traversal.
 
     Level by level: m_v = sum over kinds k and nodes u of edges[k, v, u] MLP_k(h_u), with the new states of earlier
-    levels; h_v <- GRUCell(m_v, h_v). A node without predecessors passes the cell with m = 0. MLP: ReLU after both layers.
+    levels; h_v <- GRUCell(m_v, h_v). A node without predecessors passes the cell with m = 0. MLP: ReLU after both.
     """
     kinds, _, width = message_in_weight.shape
     sent = states.new_zeros(kinds, 0, width)  # [V, p, D] messages of the p nodes visited so far
@@ -141,7 +141,7 @@ def tile_weights(
 ) -> None:
     """Fill targets with repeated blocks (GHN-2, decoder): target[a, b, k] = scale * block[k, a mod o, b mod i]."""
     for block, scale, (out, inputs), target in zip(blocks, scales, sizes, targets, strict=True):
-        spatial, rows, columns = block.shape
+        _, rows, columns = block.shape
         kernel = (block * scale).permute(1, 2, 0)[:out, :inputs]  # [o, i, kH * kW]
         repeats = (-(-out // rows), -(-inputs // columns), 1)
         target.copy_(kernel.repeat(repeats)[:out, :inputs].reshape(target.shape))
