@@ -1,6 +1,6 @@
 // The vector code of generate_weights.cpp; see instruction_set.h.
 
-#include "vectors.h"
+#include "affine_kernel.h"
 
 constexpr int kParts = kTileRows / kLanes;  // registers in a row of a tile
 constexpr int kBlock = 9;                   // kernel positions in registers at once; a whole 3x3 kernel
@@ -67,13 +67,8 @@ void layer_features(const GenerateWeights& args, std::int64_t layer, std::int64_
                     float* __restrict__ features) {
   const std::int64_t spatial = args.layers[layer].spatial, h = args.hidden, count = h * spatial;
   const std::int64_t code_stride = static_cast<std::int64_t>(args.layers.size()) * args.width;
-  for (std::int64_t row = 0; row < count; ++row) {
-    const float* weight = args.fc_weight + (first + row) * args.width;
-    for (std::int64_t b = 0; b < args.batch; ++b) {
-      const float* code = args.codes + b * code_stride + layer * args.width;
-      hidden[b * count + row] = dot(weight, code, args.width) + args.fc_bias[first + row];
-    }
-  }
+  affine(args.fc_weight + first * args.width, args.fc_bias + first, count, args.width, args.codes + layer * args.width,
+         code_stride, args.batch, hidden);
   gelu_in_place(hidden, args.batch * count);
   for (std::int64_t b = 0; b < args.batch; ++b) {
     for (std::int64_t k = 0; k < 2 * h; ++k) {

@@ -21,7 +21,8 @@ struct LayerRecurrence {
   float* codes;  // [B, L, D]
 };
 
-// Threads share the datasets out among themselves. The result of a dataset does not depend on `threads` or on the others.
+// Threads share the datasets out among themselves. The result of a dataset depends neither on `threads` nor on the others,
+// but batches of 12 and more sum in another order than smaller ones.
 // `instruction_set` as in instruction_set.h.
 void layer_recurrence_cpu(const LayerRecurrence& args, int threads, const std::string& instruction_set);
 

@@ -1,6 +1,6 @@
 // The vector code of layer_recurrence.cpp; see instruction_set.h.
 
-#include "vectors.h"
+#include "affine_kernel.h"
 
 // e^x to a few units in the last place: x = n ln 2 + r, the series of e^r, and n into the exponent.
 inline Floats exponential(Floats x) {
@@ -25,52 +25,6 @@ inline Floats sigmoid(Floats x) { return 1.0f / (1.0f + exponential(-x)); }
 inline Floats tanh(Floats x) {
   const Floats size = x < 0.0f ? -x : x, e = exponential(-2.0f * size), t = (1.0f - e) / (1.0f + e);
   return x < 0.0f ? -t : t;
-}
-
-// Four rows and N datasets at a time: sums that do not wait for each other, and fewer loads than products.
-template <int N>
-inline void affine_block(const float* weight, const float* bias, std::int64_t rows, std::int64_t width, const float* x,
-                         std::int64_t x_stride, float* __restrict__ out) {
-  Floats sums[N][4];
-  for (int b = 0; b < N; ++b) {
-    for (int r = 0; r < 4; ++r) sums[b][r] = Floats{};  // one by one: registers, where `= {}` would be a memset
-  }
-  std::int64_t j = 0;
-  for (; j + kLanes <= width; j += kLanes) {
-    Floats weights[4];
-    for (int r = 0; r < 4; ++r) weights[r] = load(weight + r * width + j);
-    for (int b = 0; b < N; ++b) {
-      const Floats value = load(x + b * x_stride + j);
-      for (int r = 0; r < 4; ++r) sums[b][r] += weights[r] * value;
-    }
-  }
-  for (int b = 0; b < N; ++b) {
-    float totals[4];
-    sum_four(sums[b], totals);
-    for (int r = 0; r < 4; ++r) {
-      for (std::int64_t rest = j; rest < width; ++rest) totals[r] += weight[r * width + rest] * x[b * x_stride + rest];
-      out[b * rows + r] = bias[r] + totals[r];
-    }
-  }
-}
-
-// out[b][row] = bias[row] + weight[row] . x[b], for n datasets.
-inline void affine(const float* weight, const float* bias, std::int64_t rows, std::int64_t width, const float* x,
-                   std::int64_t x_stride, std::int64_t n, float* __restrict__ out) {
-  std::int64_t row = 0;
-  for (; row + 4 <= rows; row += 4) {
-    const float* from = weight + row * width;
-    std::int64_t b = 0;
-    for (; b + 4 <= n; b += 4) {
-      affine_block<4>(from, bias + row, rows, width, x + b * x_stride, x_stride, out + b * rows + row);
-    }
-    for (; b < n; ++b) affine_block<1>(from, bias + row, rows, width, x + b * x_stride, x_stride, out + b * rows + row);
-  }
-  for (; row < rows; ++row) {
-    for (std::int64_t b = 0; b < n; ++b) {
-      out[b * rows + row] = bias[row] + dot(weight + row * width, x + b * x_stride, width);
-    }
-  }
 }
 
 // The part of a row that fills no register is worked on in a padded copy: same code, no tail loops.

@@ -196,7 +196,10 @@ def recurrence_inputs(batch: int, steps: int, width: int, layers: int) -> list[T
 
 
 @pytest.mark.parametrize("normalise_state", [True, False])
-@pytest.mark.parametrize(("batch", "steps", "width", "layers"), [(1, 20, 128, 2), (3, 1, 7, 1), (64, 3, 33, 3)])
+@pytest.mark.parametrize(
+    ("batch", "steps", "width", "layers"),
+    [(1, 20, 128, 2), (3, 1, 7, 1), (11, 2, 17, 2), (12, 60, 16, 2), (64, 3, 33, 3), (77, 2, 9, 1)],
+)
 def test_recurrence_agrees_with_float64(
     instruction_set: str, batch: int, steps: int, width: int, layers: int, normalise_state: bool, threads: None
 ) -> None:
@@ -207,8 +210,10 @@ def test_recurrence_agrees_with_float64(
     assert error(found, expected) < 1e-5
     torch.set_num_threads(2)
     assert torch.equal(ops.layer_recurrence(*tensors, **options, backend="native"), found)
-    alone = ops.layer_recurrence(tensors[0][-1:], *tensors[1:], **options, backend="native")
-    assert torch.equal(found[-1:], alone)
+    # Other datasets make no difference, but that twelve and more are worked on in another order.
+    few = 12 if batch >= 12 else 1
+    some = ops.layer_recurrence(tensors[0][-few:], *tensors[1:], **options, backend="native")
+    assert torch.equal(found[-few:], some)
 
 
 def test_recurrence_with_large_values_stays_finite() -> None:
