@@ -364,22 +364,28 @@ class Predictor:
         return self
 
     @torch.no_grad()
-    def generate(self, images: Any) -> dict[str, Tensor]:
+    def generate(self, images: Any, *, out: Tensor | None = None, stream: Any = None) -> dict[str, Tensor]:
         """Predict weights alone, of one dataset or of several in one pass; several threads may do so at once.
 
         Args:
             images: uint8 ``[S, H, W, C]``, a ``Sketch``, or a list of these.
+            out: with ``optimize``, where to write: contiguous ``[P]``, for a list ``[B, P]``.
+            stream: with ``optimize`` on CUDA, the ``torch.cuda.Stream`` to run on; nothing waits for the GPU.
 
         Returns:
             ``{parameter name: [O, I, kH, kW]}``; for a list of B, ``{parameter name: [B, O, I, kH, kW]}``.
 
         Raises:
-            InputError: images of another kind, or none.
+            InputError: images of another kind, or none; ``out`` or ``stream`` without ``optimize``.
         """
         if self._fast is None:
+            if out is not None or stream is not None:
+                hint = "Make the predictor with optimize=True."
+                raise InputError(message("Predictor.generate", "out and stream", "None without optimize", "one", hint))
             return self.net.generate(images)
-        several = isinstance(images, (list, tuple))
-        return self._fast.generate_batch(images) if several else self._fast.generate(images)
+        if isinstance(images, (list, tuple)):
+            return self._fast.generate_batch(images, out=out, stream=stream)
+        return self._fast.generate(images, out=out, stream=stream)
 
     def sketch(
         self,
@@ -444,22 +450,83 @@ class Predictor:
             InputError: bad images or labels (see ``pudnet.data.open_images``), or an unknown head or policy.
         """
         where = "Predictor.predict"
-        check_head(head)
-        if batchnorm not in POLICIES:
-            raise InputError(message(where, "batchnorm", f"one of {', '.join(POLICIES)}", repr(batchnorm)))
+        _check_choices(where, head, batchnorm)
         _require(sketch, (Sketch, type(None)), where, "sketch", "Make one with predictor.sketch(images, labels).")
+        source, sample, clock = self._sample(images, labels, sketch_size, seed, split, classes)
+        seen = sample if sketch is None else sketch
+        with clock.stage("weights"):
+            network = self.net.materialise(self.generate(seen))
+        return self._finish(network, source, sample, seen, head, batchnorm, seed, clock)
+
+    @torch.no_grad()
+    def predict_batch(
+        self,
+        datasets: Sequence[Any],
+        *,
+        head: str = "ridge",
+        batchnorm: str = "calibrated",
+        sketch_size: int = SKETCH_SIZE,
+        seed: int = 0,
+        split: str = "train",
+    ) -> list[PredictedModel]:
+        """Predict a classifier for each of several datasets; all weights are generated in one pass.
+
+        Args:
+            datasets: each what ``predict`` takes: a folder, a file, a ``Dataset``, or a pair ``(images, labels)``.
+            head, batchnorm, sketch_size, seed, split: as for ``predict``, the same for all.
+
+        Returns:
+            One model for each; its ``report["seconds"]["weights"]`` is its share of the common pass.
+
+        Raises:
+            InputError: no datasets, or a bad one; nothing is predicted then.
+        """
+        where = "Predictor.predict_batch"
+        _check_choices(where, head, batchnorm)
+        if not isinstance(datasets, (list, tuple)) or not datasets:
+            raise InputError(message(where, "datasets", "a list of at least one", type(datasets).__name__))
+        pairs = [one if isinstance(one, tuple) and len(one) == 2 else (one, None) for one in datasets]
+        sampled = [self._sample(images, labels, sketch_size, seed, split, None) for images, labels in pairs]
+        start = time.perf_counter()
+        weights = self.generate([sample for _, sample, _ in sampled])  # {name: [B, O, I, kH, kW]}
+        share = (time.perf_counter() - start) / len(sampled)
+        models = []
+        for number, (source, sample, clock) in enumerate(sampled):
+            clock.seconds["weights"] += share
+            network = self.net.materialise({name: several[number] for name, several in weights.items()})
+            model = self._finish(network, source, sample, sample, head, batchnorm, seed, clock)
+            seconds = model.report["seconds"]
+            seconds["total"] = sum(seconds[stage] for stage in STAGES)  # the clock also saw the other datasets
+            models.append(model)
+        return models
+
+    def _sample(
+        self, images: Any, labels: Any, size: int, seed: int, split: str, classes: Sequence[str] | None
+    ) -> tuple[ImageSource, Sketch, StageClock]:
+        """Open a dataset and draw its sketch."""
         clock = StageClock(self.device)
         with clock.stage("reading"):
             source = open_images(images, labels, size=self.net.config.image_size, split=split, classes=classes)
-        builder = SketchBuilder(sketch_size, seed=seed)
+        builder = SketchBuilder(size, seed=seed)
         for batch, batch_labels in clock.iterate("reading", source):
             with clock.stage("sketch"):
                 builder.update(batch, batch_labels)
         with clock.stage("sketch"):
             sample = builder.finish()
-            seen = sample if sketch is None else sketch
-        with clock.stage("weights"):
-            network = self.net.materialise(self.generate(seen))
+        return source, sample, clock
+
+    def _finish(
+        self,
+        network: nn.Module,
+        source: ImageSource,
+        sample: Sketch,
+        seen: Sketch,
+        head: str,
+        batchnorm: str,
+        seed: int,
+        clock: StageClock,
+    ) -> PredictedModel:
+        """``finish``, and what the report says of the hypernetwork; ``seen`` is the sketch that decided the weights."""
         model = finish(
             network, source, sample, self.net.preprocess, head=head, batchnorm=batchnorm, seed=seed, clock=clock
         )
@@ -474,6 +541,12 @@ class Predictor:
             "sketch_images": len(seen.images),
         }
         return model
+
+
+def _check_choices(where: str, head: str, batchnorm: str) -> None:
+    check_head(head)
+    if batchnorm not in POLICIES:
+        raise InputError(message(where, "batchnorm", f"one of {', '.join(POLICIES)}", repr(batchnorm)))
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -243,6 +244,28 @@ def test_foreign_sketch_decides_the_weights_alone(predictor: pudnet.Predictor) -
     norm = next(layer for layer in model.network.modules() if isinstance(layer, torch.nn.BatchNorm2d))
     before = model.network.get_submodule("convs.0")(model.preprocess(images))  # what the norm was calibrated on
     torch.testing.assert_close(norm.running_mean, before.mean(dim=(0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimize", [False, True])
+def test_batch_equals_one_at_a_time(predictor: pudnet.Predictor, optimize: bool) -> None:
+    several = pudnet.Predictor(predictor.net, optimize=optimize)
+    first, second = coloured(20), coloured(12, side=20)
+    models = several.predict_batch([first, second], sketch_size=12, seed=3)
+    for model, (images, labels) in zip(models, (first, second), strict=True):
+        alone = predictor.predict(images, labels, sketch_size=12, seed=3)
+        x = model.preprocess(images)
+        torch.testing.assert_close(model(x), alone(x), rtol=1e-3, atol=1e-3)
+        seconds = model.report["seconds"]
+        assert seconds["weights"] > 0 and math.isclose(seconds["total"], sum(seconds[name] for name in STAGES))
+
+
+def test_batch_refuses(predictor: pudnet.Predictor) -> None:
+    with pytest.raises(InputError, match="at least one"):
+        predictor.predict_batch([])
+    with pytest.raises(InputError, match="head"):
+        predictor.predict_batch([coloured(4)], head="tree")
+    with pytest.raises(InputError, match="optimize=True"):
+        predictor.generate(coloured(4)[0], out=torch.empty(3))
 
 
 def test_sketch_without_labels(predictor: pudnet.Predictor) -> None:
