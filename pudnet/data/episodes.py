@@ -90,17 +90,24 @@ def sample_episode(
     table = np.stack(drawn)  # [K, support + query]
     index = np.concatenate([table[:, :support].ravel(), table[:, support:].ravel()])
     labels = np.concatenate([np.repeat(np.arange(classes), support), np.repeat(np.arange(classes), query)])
-    images = pool.images[torch.from_numpy(index)].permute(0, 3, 1, 2).float() / 255  # [n, 3, H, W]
+    images = augmented(pool.images[torch.from_numpy(index)], rng, preprocess, crop=crop, flip=flip, colour=colour)
+    return Episode(images, torch.from_numpy(labels), torch.from_numpy(chosen), classes * support)
+
+
+def augmented(
+    images: Tensor, rng: np.random.Generator, preprocess: Preprocess, *, crop: int, flip: bool, colour: float
+) -> Tensor:
+    """Augment and normalise uint8 images: ``[n, H, W, 3] -> [n, 3, H, W]``; one colour map for all of them."""
+    images = images.permute(0, 3, 1, 2).float() / 255
     if crop:
         images = _shift(images, crop, rng)
     if flip:
-        mirrored = torch.from_numpy(rng.random(len(index)) < 0.5)
+        mirrored = torch.from_numpy(rng.random(len(images)) < 0.5)
         images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
     if rng.random() < colour:
         images = _colour_map(images, rng)
     mean, std = (torch.tensor(values)[:, None, None] for values in (preprocess.mean, preprocess.std))
-    images = ((images - mean) / std).contiguous(memory_format=torch.channels_last)
-    return Episode(images, torch.from_numpy(labels), torch.from_numpy(chosen), classes * support)
+    return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 def _shift(images: Tensor, pixels: int, rng: np.random.Generator) -> Tensor:
