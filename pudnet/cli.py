@@ -237,7 +237,10 @@ def train(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a hypernetwork as CONFIG says. Ctrl-C keeps a checkpoint to --resume from."""
+    """Train a hypernetwork as CONFIG says. Ctrl-C keeps a checkpoint to --resume from.
+
+    A CONFIG with `target` trains PudNet, one with `ghn` a GHN.
+    """
     import dataclasses
     import os
     import time
@@ -247,7 +250,7 @@ def train(
     from pudnet import training
 
     chief = os.environ.get("RANK", "0") == "0"  # torchrun starts one process per device; one of them reports
-    settings = training.TrainingConfig.from_toml(config)
+    settings = training.read_config(config)
     if seed is not None:
         settings = dataclasses.replace(settings, seed=seed)
     latest: dict[str, float] = {}

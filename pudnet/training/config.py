@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from pudnet.errors import InputError, message
 
@@ -66,7 +66,8 @@ class Loss:
 class Optimiser:
     """Adam with a linear warm-up, a constant rate, and a linear decay to zero over the last ``decay`` steps.
 
-    Until the decay starts nothing depends on ``steps``: a longer run begins exactly like a shorter one.
+    The rate is divided by 10 at each share of all steps in ``drops``. Until the decay or a drop nothing depends on
+    ``steps``: a longer run begins exactly like a shorter one.
     """
 
     steps: int = 20_000
@@ -75,6 +76,55 @@ class Optimiser:
     warmup: int = 200
     decay: int = 5_000
     clip: float = 5.0
+    weight_decay: float = 0.0
+    drops: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class GHNOptimiser(Optimiser):
+    """The same with the settings published for GHN-2."""
+
+    warmup: int = 0
+    decay: int = 0
+    weight_decay: float = 1e-5
+    drops: tuple[float, ...] = (2 / 3, 5 / 6)
+
+
+@dataclass(frozen=True)
+class Images:
+    """The one dataset a GHN is trained for.
+
+    Attributes:
+        path: a folder or an ``.npz`` file; its training part is used.
+        classes: names of the classes to use; all of them if empty.
+        batch: images of one step; every architecture of the step sees the same ones.
+        validation: images, drawn once, that are never trained on.
+    """
+
+    path: str
+    classes: tuple[str, ...] = ()
+    batch: int = 64
+    validation: int = 1000
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The architectures (``pudnet.graphs.deepnets``): one step sees ``batch`` of the split ``train``.
+
+    Attributes:
+        batch: architectures of one step.
+        choose: only the first so many of the split are used; those seen lately are kept, as drawing one takes time.
+        widths, most_parameters, most_cells, stems: see ``deepnets``.
+        validation: architectures of the split ``val`` that the accuracy is measured on; 0 for none.
+    """
+
+    batch: int = 8
+    choose: int = 1_000_000
+    widths: tuple[int, ...] = (16, 32, 64)
+    most_parameters: int = 10_000_000
+    most_cells: int = 18
+    stems: tuple[int, ...] = (0, 1)
+    validation: int = 8
 
 
 @dataclass(frozen=True)
@@ -88,49 +138,38 @@ class Run:
     amp: bool = True
 
 
-@dataclass(frozen=True)
-class TrainingConfig:
-    """A whole training run. ``from_toml`` reads it; every section but ``data`` may be left out."""
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What every training run has. Each section with a default may be left out.
 
-    target: str
-    data: tuple[DataSource, ...]
+    Attributes:
+        seed: of everything random.
+        model: options of the hypernetwork.
+    """
+
     seed: int = 0
-    preset: str = "default"
     model: Mapping[str, Any] = field(default_factory=dict)
-    episodes: Episodes = Episodes()
     augment: Augment = Augment()
-    loss: Loss = Loss()
     optimiser: Optimiser = Optimiser()
     run: Run = Run()
 
     @classmethod
-    def from_toml(cls, path: str | os.PathLike[str]) -> TrainingConfig:
+    def from_toml(cls, path: str | os.PathLike[str]) -> Self:
         """Read and check a TOML file.
 
         Raises:
             InputError: no such file, not TOML, an unknown or missing key, a wrong type or value.
         """
-        where = "TrainingConfig"
-        try:
-            raw = tomllib.loads(Path(path).read_text())
-        except OSError as error:
-            raise InputError(message(where, "path", "a readable file", f"{str(path)!r} ({error.strerror})")) from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InputError(message(where, "path", "a TOML file", f"{str(path)!r} ({error})")) from error
-        return cls.from_dict(raw)
+        return cls.from_dict(_read_toml(path, cls.__name__))
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> TrainingConfig:
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
         """The same from plain dictionaries, as ``to_dict`` gives them."""
         values = dict(raw)
-        sections = {"episodes": Episodes, "augment": Augment, "loss": Loss, "optimiser": Optimiser, "run": Run}
-        for name, section in sections.items():
-            values[name] = _build(section, values.get(name, {}), name)
-        data = values.get("data", [])
-        if not isinstance(data, (list, tuple)) or not data:
-            raise InputError(message("TrainingConfig", "data", "at least one [[data]] section", data))
-        values["data"] = tuple(_build(DataSource, source, "data") for source in data)
-        config = _build(cls, values, "the file")
+        for one in dataclasses.fields(cls):
+            if dataclasses.is_dataclass(one.default):
+                values[one.name] = _build(type(one.default), values.get(one.name, {}), one.name, cls.__name__)
+        config = _build(cls, values, "the file", cls.__name__)
         config._check()
         return config
 
@@ -138,47 +177,141 @@ class TrainingConfig:
         """JSON-able form."""
         return dataclasses.asdict(self)
 
-    def _check(self) -> None:
-        positive = {
-            "episodes.support": self.episodes.support,
-            "episodes.query": self.episodes.query,
-            "episodes.groups": self.episodes.groups,
+    def _positive(self) -> dict[str, float]:
+        return {
             "optimiser.steps": self.optimiser.steps,
             "optimiser.lr": self.optimiser.lr,
             "optimiser.clip": self.optimiser.clip,
             "run.validate_every": self.run.validate_every,
             "run.log_every": self.run.log_every,
         }
-        positive |= {"data.weight": min(source.weight for source in self.data)}
-        for name, value in positive.items():
-            if not 0 < value < math.inf:  # NaN fails any comparison
-                raise InputError(message("TrainingConfig", name, "positive", value))
-        not_negative = {
+
+    def _not_negative(self) -> dict[str, float]:
+        return {
             "seed": self.seed,
             "augment.crop": self.augment.crop,
             "optimiser.warmup": self.optimiser.warmup,
             "optimiser.decay": self.optimiser.decay,
+            "optimiser.weight_decay": self.optimiser.weight_decay,
         }
-        for name, value in not_negative.items():
-            if value < 0:
-                raise InputError(message("TrainingConfig", name, "at least 0", value))
-        if self.episodes.classes < 2:
-            raise InputError(message("TrainingConfig", "episodes.classes", "at least 2", self.episodes.classes))
+
+    def _check(self) -> None:
+        where = type(self).__name__
+        for name, value in self._positive().items():
+            if not 0 < value < math.inf:  # NaN fails any comparison
+                raise InputError(message(where, name, "positive", value))
+        for name, value in self._not_negative().items():
+            if not value >= 0:
+                raise InputError(message(where, name, "at least 0", value))
         betas = self.optimiser.betas
         if len(betas) != 2 or not all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas):
-            raise InputError(message("TrainingConfig", "optimiser.betas", "two numbers from 0 to below 1", betas))
+            raise InputError(message(where, "optimiser.betas", "two numbers from 0 to below 1", betas))
+        drops = self.optimiser.drops
+        if not all(isinstance(share, (int, float)) and 0 < share < 1 for share in drops):
+            raise InputError(message(where, "optimiser.drops", "shares of all steps between 0 and 1", drops))
+        if not isinstance(self.model, Mapping):
+            raise InputError(message(where, "model", "a table", repr(self.model)))
+        if elsewhere := sorted({"target", "preset", "ghn", "seed"} & set(self.model)):
+            raise InputError(message(where, "model", "without what the file's top level says", elsewhere))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(Settings):
+    """A whole training run of PudNet: ``target`` and ``data`` are needed."""
+
+    target: str
+    data: tuple[DataSource, ...]
+    preset: str = "default"
+    episodes: Episodes = Episodes()
+    loss: Loss = Loss()
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+        """See ``Settings``."""
+        data = raw.get("data", [])
+        if not isinstance(data, (list, tuple)) or not data:
+            raise InputError(message(cls.__name__, "data", "at least one [[data]] section", data))
+        sources = tuple(_build(DataSource, source, "data", cls.__name__) for source in data)
+        return super().from_dict({**raw, "data": sources})
+
+    def _positive(self) -> dict[str, float]:
+        return {
+            **super()._positive(),
+            "episodes.support": self.episodes.support,
+            "episodes.query": self.episodes.query,
+            "episodes.groups": self.episodes.groups,
+            "data.weight": min(source.weight for source in self.data),
+        }
+
+    def _check(self) -> None:
+        super()._check()
+        where = type(self).__name__
+        if self.episodes.classes < 2:
+            raise InputError(message(where, "episodes.classes", "at least 2", self.episodes.classes))
         for source in self.data:
             if not source.paths or not all(isinstance(path, str) for path in source.paths):
                 rule = "a list of at least one folder or .npz file"
-                raise InputError(message("TrainingConfig", "data.paths", rule, list(source.paths)))
-        if not isinstance(self.model, Mapping):
-            raise InputError(message("TrainingConfig", "model", "a table", repr(self.model)))
-        if elsewhere := sorted({"target", "preset", "seed"} & set(self.model)):
-            raise InputError(message("TrainingConfig", "model", "without what the file's top level says", elsewhere))
+                raise InputError(message(where, "data.paths", rule, list(source.paths)))
 
 
-def _build(kind: type[T], values: Any, section: str) -> T:
-    where = "TrainingConfig"
+@dataclass(frozen=True, kw_only=True)
+class GHNTrainingConfig(Settings):
+    """A whole training run of a GHN: ``ghn`` (its preset) and ``images`` are needed."""
+
+    ghn: str
+    images: Images
+    networks: Networks = Networks()
+    optimiser: Optimiser = GHNOptimiser()
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+        """See ``Settings``."""
+        return super().from_dict({**raw, "images": _build(Images, raw.get("images", {}), "images", cls.__name__)})
+
+    def _positive(self) -> dict[str, float]:
+        return {
+            **super()._positive(),
+            "images.validation": self.images.validation,
+            "networks.batch": self.networks.batch,
+            "networks.choose": self.networks.choose,
+            "networks.most_parameters": self.networks.most_parameters,
+        }
+
+    def _not_negative(self) -> dict[str, float]:
+        return {**super()._not_negative(), "networks.validation": self.networks.validation}
+
+    def _check(self) -> None:
+        super()._check()
+        where = type(self).__name__
+        if "num_classes" in self.model:
+            raise InputError(message(where, "model", "without num_classes", "one", "The images have the classes."))
+        if self.images.batch < 2:  # BatchNorm has no variance of a single image
+            raise InputError(message(where, "images.batch", "at least 2", self.images.batch))
+        widths = self.networks.widths
+        if not widths or not all(isinstance(width, int) and width > 0 and width % 4 == 0 for width in widths):
+            raise InputError(message(where, "networks.widths", "multiples of 4", list(widths)))
+
+
+def read_config(path: str | os.PathLike[str]) -> TrainingConfig | GHNTrainingConfig:
+    """Read a TOML file of either kind: with a key ``ghn`` it trains a GHN, else PudNet.
+
+    Raises:
+        InputError: see ``Settings.from_toml``.
+    """
+    raw = _read_toml(path, "read_config")
+    return GHNTrainingConfig.from_dict(raw) if "ghn" in raw else TrainingConfig.from_dict(raw)
+
+
+def _read_toml(path: str | os.PathLike[str], where: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(path).read_text())
+    except OSError as error:
+        raise InputError(message(where, "path", "a readable file", f"{str(path)!r} ({error.strerror})")) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(message(where, "path", "a TOML file", f"{str(path)!r} ({error})")) from error
+
+
+def _build(kind: type[T], values: Any, section: str, where: str) -> T:
     if not isinstance(values, Mapping):
         raise InputError(message(where, section, "a table", repr(values)))
     fields = {one.name: one for one in dataclasses.fields(kind)}  # type: ignore[arg-type]

@@ -1,0 +1,292 @@
+"""What the training of every hypernetwork shares: one process or several, resumable to the bit on one machine."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import tempfile
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pudnet import checkpoint
+from pudnet.errors import CheckpointError, InputError, message
+from pudnet.training.config import Settings
+
+logger = logging.getLogger("pudnet")
+
+Callback = Callable[[int, dict[str, float]], None]
+
+
+class BaseTrainer(ABC):
+    """Modules under one Adam; ``step`` makes one update.
+
+    A step is made of groups (datasets, architectures). Under ``torchrun`` every process computes its share of them and
+    the gradients are summed: the result does not depend on the number of processes, but for rounding.
+
+    A subclass calls ``_start`` at the end of its constructor and says what a step computes (``_backward``,
+    ``_metrics``), how it is validated, and what the run results in (``write_result``).
+
+    Args:
+        config: the run.
+        device: where to train.
+    """
+
+    kind: ClassVar[str]  # of its checkpoints
+
+    def __init__(self, config: Settings, device: str) -> None:
+        self.settings, self.device = config, torch.device(device)
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.steps_done = 0
+
+    def _start(self, modules: Mapping[str, nn.Module], buffers: list[Tensor]) -> None:
+        """Take what is trained, by name; ``buffers`` are running statistics that change in a step."""
+        self.modules, self.buffers = dict(modules), buffers
+        self.named = {
+            f"{name}.{inner}": value for name, module in modules.items() for inner, value in module.named_parameters()
+        }
+        settings = self.settings.optimiser
+        self.optimiser = torch.optim.Adam(
+            self.named.values(), lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay
+        )
+
+    def _check_groups(self, name: str, groups: int) -> None:
+        if groups % self.world:
+            rule = f"a multiple of the {self.world} processes"
+            raise InputError(message(type(self).__name__, name, rule, groups))
+
+    @abstractmethod
+    def _backward(self) -> Tensor:
+        """Add the gradients of this process's groups to the parameters.
+
+        All randomness comes from (seed, step, group). Gradients and buffers are left as this process's part of a sum
+        over processes.
+
+        Returns:
+            Numbers ``[m]`` to sum over processes, for ``_metrics``.
+        """
+
+    @abstractmethod
+    def _metrics(self, totals: list[float]) -> dict[str, float]:
+        """What to report of a step, from the summed numbers of ``_backward``."""
+
+    @abstractmethod
+    def validate(self) -> dict[str, float]:
+        """Measure on data that is never trained on, always the same; empty where there is none."""
+
+    @abstractmethod
+    def write_result(self, path: Path) -> None:
+        """Write the trained hypernetwork as users load it."""
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step ``step`` (from 0)."""
+        settings = self.settings.optimiser
+        up = min(1.0, (step + 1) / max(settings.warmup, 1))
+        down = min(1.0, (settings.steps - step) / max(settings.decay, 1))
+        drops = sum(step >= share * settings.steps for share in settings.drops)
+        return float(settings.lr * up * down * 0.1**drops)
+
+    def step(self) -> dict[str, float]:
+        """One optimiser step over all groups; returns what ``_metrics`` says, the gradient's norm and the rate."""
+        self.optimiser.zero_grad(set_to_none=True)
+        totals = self._backward()
+        gradients = [value.grad if value.grad is not None else torch.zeros_like(value) for value in self.named.values()]
+        self._sum_over_processes([*gradients, *self.buffers, totals])
+        for value, gradient in zip(self.named.values(), gradients, strict=True):
+            value.grad = gradient
+        norm = nn.utils.clip_grad_norm_(self.named.values(), self.settings.optimiser.clip)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.rate(self.steps_done)
+        self.optimiser.step()
+        self.steps_done += 1
+        metrics = self._metrics(totals.tolist())
+        return {**metrics, "gradient_norm": float(norm), "lr": self.rate(self.steps_done - 1)}
+
+    def _sum_over_processes(self, tensors: list[Tensor]) -> None:
+        if self.world == 1:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything needed to go on exactly from here."""
+        tensors = {
+            f"{name}.{inner}": value for name, module in self.modules.items()
+            for inner, value in module.state_dict().items()
+        }  # fmt: skip
+        for name, value in self.named.items():
+            if state := self.optimiser.state.get(value):
+                tensors[f"optimiser.exp_avg.{name}"] = state["exp_avg"]
+                tensors[f"optimiser.exp_avg_sq.{name}"] = state["exp_avg_sq"]
+        checkpoint.save(path, self.kind, {"step": self.steps_done, "run": self.settings.to_dict()}, tensors)
+
+    def restore(self, path: str | os.PathLike[str]) -> None:
+        """Go on from what ``save`` wrote.
+
+        Raises:
+            CheckpointError: the file is damaged, or was written by a run with other settings.
+        """
+        saved, tensors = checkpoint.load(path, self.kind)
+        now = json.loads(json.dumps(self.settings.to_dict()))
+        changeable = {"run", "optimiser"}  # length and bookkeeping may change, the trunk of the run may not
+        differing = sorted(key for key in now if key not in changeable and saved["run"].get(key) != now[key])
+        if differing:
+            got, hint = f"other {differing}", "Restore the settings, or start a new run in another folder."
+            raise CheckpointError(message(f"{type(self).__name__}.restore", "config", "the one of the run", got, hint))
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+        for name, module in self.modules.items():
+            module.load_state_dict(part(f"{name}."))
+        self.steps_done = int(saved["step"])
+        first, second = part("optimiser.exp_avg."), part("optimiser.exp_avg_sq.")
+        for name, value in self.named.items():
+            if name in first:
+                self.optimiser.state[value] = {
+                    "step": torch.tensor(float(self.steps_done)),
+                    "exp_avg": first[name].to(self.device),
+                    "exp_avg_sq": second[name].to(self.device),
+                }
+
+
+def fit(
+    make: Callable[[], BaseTrainer],
+    config: Settings,
+    *,
+    resume: bool,
+    device: str,
+    on_step: Callback | None,
+    on_validation: Callback | None,
+) -> Path:
+    """Run the trainer that ``make`` gives to the end, as ``pudnet.training.train`` describes.
+
+    ``make`` is called when the processes of a run have joined.
+    """
+    with _processes(device):
+        return _fit(make, config, resume, on_step, on_validation)
+
+
+def _fit(
+    make: Callable[[], BaseTrainer],
+    config: Settings,
+    resume: bool,
+    on_step: Callback | None,
+    on_validation: Callback | None,
+) -> Path:
+    folder = Path(config.run.output)
+    saved = folder / "checkpoint.safetensors"
+    if saved.exists() and not resume:
+        hint = "Resume it, or choose another folder."
+        raise InputError(message("train", "run.output", "a folder without a run", repr(str(folder)), hint))
+    trainer = make()
+    if resume and saved.exists():
+        trainer.restore(saved)
+    chief = trainer.rank == 0
+    if chief:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()  # an existing folder may still not be writable
+        except OSError as error:
+            got = f"{str(folder)!r} ({error.strerror})"
+            raise InputError(message("train", "run.output", "a folder that can be written", got)) from error
+    log = _Log(folder) if chief else None
+    last_save = time.monotonic()
+    with _stop_request() as stop_asked:
+        while trainer.steps_done < config.optimiser.steps:
+            metrics = trainer.step()
+            done = trainer.steps_done
+            if on_step and chief:
+                on_step(done, metrics)
+            if log and done % config.run.log_every == 0:
+                log.write(done, metrics)
+            if chief and (done % config.run.validate_every == 0 or done == config.optimiser.steps):
+                measured = trainer.validate()
+                if log and measured:
+                    log.write(done, measured)
+                if on_validation and measured:
+                    on_validation(done, measured)
+            stopping = _any_process(stop_asked(), trainer.world)
+            if chief and (stopping or time.monotonic() - last_save > 60 * config.run.checkpoint_minutes):
+                trainer.save(saved)
+                last_save = time.monotonic()
+            if stopping:
+                raise KeyboardInterrupt
+    result = folder / "predictor.safetensors"
+    if chief:
+        trainer.save(saved)
+        trainer.write_result(result)
+    return result
+
+
+@contextmanager
+def _stop_request() -> Iterator[Callable[[], bool]]:
+    """Turn SIGINT and SIGTERM into a flag, so that a step is never cut in half; restores the handlers at the end."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    previous = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _processes(device: str) -> Iterator[None]:
+    """Join the other processes where ``torchrun`` started this one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _any_process(flag: bool, world: int) -> bool:
+    """Whether any process has the flag set: all must stop at the same step."""
+    if world == 1:
+        return flag
+    votes = torch.tensor(float(flag))
+    dist.all_reduce(votes)
+    return bool(votes > 0)
+
+
+class _Log:
+    """Losses to ``log.jsonl`` and, where installed, to tensorboard."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "log.jsonl"
+        self.started = time.time()
+        self.board: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"))
+        except ImportError:
+            logger.info("tensorboard is not installed: losses go to %s only", self.path)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        seconds = round(time.time() - self.started, 1)
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, "seconds": seconds, **values}) + "\n")
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
