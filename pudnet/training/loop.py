@@ -229,6 +229,8 @@ def _fit(
     if chief:
         trainer.save(saved)
         trainer.write_result(result)
+    if trainer.world > 1:
+        dist.barrier()  # torchrun ends all processes when one fails as it leaves: not before the result is written
     return result
 
 
