@@ -216,5 +216,5 @@ def test_convnet3_embedding_to_weights(benchmark: Any, case: Case, batch: int, p
         with pudnet.use_backend("reference"):
             check(found, net.generators(net.recurrence(embedding)), 1e-5)
         name = f"convnet3{' prepared' if prepared else ''} B={batch}" + (", per dataset" if batch > 1 else "")
-        case.run(benchmark, name, work, 100 if batch == 1 else ROUNDS)
+        case.run(benchmark, name, work, 400 if batch == 1 else ROUNDS)
     case.medians[name] /= batch
