@@ -11,7 +11,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -205,7 +205,7 @@ def _fit(
             raise InputError(message("train", "run.output", "a folder that can be written", got)) from error
     log = _Log(folder) if chief else None
     last_save = time.monotonic()
-    with _stop_request() as stop_asked:
+    with _stop_request() as stop_asked, closing(log) if log else nullcontext():
         while trainer.steps_done < config.optimiser.steps:
             metrics = trainer.step()
             done = trainer.steps_done
@@ -219,7 +219,7 @@ def _fit(
                     log.write(done, measured)
                 if on_validation and measured:
                     on_validation(done, measured)
-            stopping = _any_process(stop_asked(), trainer.world)
+            stopping = _any_process(stop_asked(), trainer)
             if chief and (stopping or time.monotonic() - last_save > 60 * config.run.checkpoint_minutes):
                 trainer.save(saved)
                 last_save = time.monotonic()
@@ -262,11 +262,11 @@ def _processes(device: str) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _any_process(flag: bool, world: int) -> bool:
+def _any_process(flag: bool, trainer: BaseTrainer) -> bool:
     """Whether any process has the flag set: all must stop at the same step."""
-    if world == 1:
+    if trainer.world == 1:
         return flag
-    votes = torch.tensor(float(flag))
+    votes = torch.tensor(float(flag), device=trainer.device)  # NCCL reduces tensors of its devices alone
     dist.all_reduce(votes)
     return bool(votes > 0)
 
@@ -292,3 +292,8 @@ class _Log:
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """End tensorboard's writing thread, which must not live on while the interpreter goes."""
+        if self.board is not None:
+            self.board.close()
