@@ -14,7 +14,7 @@ from pudnet.data import ImageSource, open_images
 from pudnet.errors import DtypeError, InputError, ShapeError
 
 Image = pytest.importorskip("PIL.Image")
-SHARED = Path("/work/shared/data")
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
