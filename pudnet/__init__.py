@@ -15,7 +15,7 @@ _PUBLIC = {
     "Predictor": "pudnet.predictor",
     "PredictedModel": "pudnet.predictor",
     "load": "pudnet.predictor",
-    "list_pretrained": "pudnet.predictor",
+    "list_pretrained": "pudnet.checkpoint",
     "use_backend": "pudnet.backends",
     "PudnetError": "pudnet.errors",
     "InputError": "pudnet.errors",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor
 
 from pudnet._version import __version__
-from pudnet.errors import CheckpointError, InputError, message
+from pudnet.errors import CheckpointError, InputError, message, one_line
 from pudnet.files import atomic_path
 
 FORMAT_VERSION = 1
 HEADER_KEY = "pudnet"
+PRETRAINED = Path(__file__).parent / "pretrained"
+HUB_FILE = "predictor.safetensors"
 
 
 def save(path: str | os.PathLike[str], kind: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -76,3 +79,43 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[
         hint = "The file is damaged or not safetensors; get it again."
         raise CheckpointError(message(where, "path", "a whole safetensors file", got, hint)) from error
     return header["config"], tensors
+
+
+def list_pretrained() -> list[str]:
+    """Names of the bundled hypernetworks, for ``from_pretrained``."""
+    return sorted(path.stem for path in PRETRAINED.glob("*.safetensors"))
+
+
+def find(name: str | os.PathLike[str], where: str) -> Path:
+    """The file behind a path, a bundled name or a Hub id, tried in this order.
+
+    Raises:
+        InputError: there is none; ``where`` is who says so.
+    """
+    text = os.fspath(name)
+    path = Path(text)
+    if path.is_dir() and (path / HUB_FILE).is_file():
+        return path / HUB_FILE
+    if path.is_file():
+        return path
+    if text in list_pretrained():
+        return PRETRAINED / f"{text}.safetensors"
+    bundled = ", ".join(list_pretrained()) or "none"
+    if path.is_dir() or path.suffix == ".safetensors" or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text):
+        rule = f"an existing file, a bundled name ({bundled}) or a Hub id (owner/name)"
+        raise InputError(message(where, "name", rule, repr(text)))
+    return _download(text, where, bundled)
+
+
+def _download(repository: str, where: str, bundled: str) -> Path:
+    rule = f"an existing file, a bundled name ({bundled}) or a Hub id with {HUB_FILE}"
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        hint = "For a Hub id, type: pip install huggingface_hub"
+        raise InputError(message(where, "name", rule, repr(repository), hint)) from error
+    try:
+        return Path(hf_hub_download(repository, HUB_FILE))
+    except Exception as error:  # its errors share no base class: HTTP, missing repository or file, no network
+        got = f"{repository!r} ({type(error).__name__}: {one_line(error)})"
+        raise InputError(message(where, "name", rule, got)) from error

@@ -374,8 +374,8 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Show versions, devices and backends: what this installation can do."""
+    from pudnet.checkpoint import list_pretrained
     from pudnet.info import info as collect
-    from pudnet.predictor import list_pretrained
 
     console = _console(as_json)
     found = {**collect(), "pretrained": list_pretrained(), "chosen_device": str(_device(device))}

@@ -31,3 +31,9 @@ def message(where: str, argument: str, rule: str, got: object, hint: str = "") -
     """Format ``where: argument must be <rule>; got <value>. <hint>``."""
     text = f"{where}: {argument} must be {rule}; got {got}."
     return f"{text} {hint}" if hint else text
+
+
+def one_line(error: Exception) -> str:
+    """What ``error`` says, on one line of bounded length, to quote in a message."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:300]}..."

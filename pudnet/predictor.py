@@ -8,11 +8,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -25,7 +23,7 @@ from pudnet._version import __version__
 from pudnet.batchnorm import POLICIES, set_policy
 from pudnet.data import ImageSource, Preprocess, open_images
 from pudnet.data.source import channels_last
-from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError, message
+from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError, message, one_line
 from pudnet.features import feature_maps
 from pudnet.heads import Head, check_head, fit_head, head_from_config
 from pudnet.models.pudnet import PudNet
@@ -39,8 +37,6 @@ STAGES = ("reading", "sketch", "weights", "calibration", "head")
 SKETCH_SIZE = 500
 BATCH = 256
 CPU_BATCH = 32  # activations that stay in the cache: half the time of batches of 256 (convnet3)
-PRETRAINED = Path(__file__).parent / "pretrained"
-HUB_FILE = "predictor.safetensors"
 
 
 class StageClock:
@@ -260,7 +256,7 @@ def load(path: str | os.PathLike[str], target: nn.Module | None = None) -> Predi
             report=config["report"],
         )
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        got = f"{str(path)!r} ({_one_line(error)})"
+        got = f"{str(path)!r} ({one_line(error)})"
         hint = "It was made for another target network or another version."
         raise CheckpointError(message(where, "path", "a model that fits", got, hint)) from error
 
@@ -346,7 +342,7 @@ class Predictor:
             InputError: there is no such file, name or repository.
             CheckpointError: the file is damaged, of another version, or not a hypernetwork.
         """
-        path = find_checkpoint(name)
+        path = checkpoint.find(name, "Predictor.from_pretrained")
         net = PudNet.load(path, target=target)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         origin = {"checkpoint": str(name), "sha256": digest}
@@ -618,51 +614,6 @@ def _pieces(images: Tensor, batchnorm: str, device: torch.device) -> Iterator[Te
     return (part.to(device) for part in torch.split(images, size) if len(part))
 
 
-def list_pretrained() -> list[str]:
-    """Names of the bundled hypernetworks, for ``Predictor.from_pretrained``."""
-    return sorted(path.stem for path in PRETRAINED.glob("*.safetensors"))
-
-
-def find_checkpoint(name: str | os.PathLike[str], where: str = "Predictor.from_pretrained") -> Path:
-    """The file behind a path, a bundled name or a Hub id, tried in this order.
-
-    Raises:
-        InputError: there is none; ``where`` is who says so.
-    """
-    text = os.fspath(name)
-    path = Path(text)
-    if path.is_dir() and (path / HUB_FILE).is_file():
-        return path / HUB_FILE
-    if path.is_file():
-        return path
-    if text in list_pretrained():
-        return PRETRAINED / f"{text}.safetensors"
-    bundled = ", ".join(list_pretrained()) or "none"
-    if path.is_dir() or path.suffix == ".safetensors" or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text):
-        rule = f"an existing file, a bundled name ({bundled}) or a Hub id (owner/name)"
-        raise InputError(message(where, "name", rule, repr(text)))
-    return _download(text, where, bundled)
-
-
-def _download(repository: str, where: str, bundled: str) -> Path:
-    rule = f"an existing file, a bundled name ({bundled}) or a Hub id with {HUB_FILE}"
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError as error:
-        hint = "For a Hub id, type: pip install huggingface_hub"
-        raise InputError(message(where, "name", rule, repr(repository), hint)) from error
-    try:
-        return Path(hf_hub_download(repository, HUB_FILE))
-    except Exception as error:  # its errors share no base class: HTTP, missing repository or file, no network
-        got = f"{repository!r} ({type(error).__name__}: {_one_line(error)})"
-        raise InputError(message(where, "name", rule, got)) from error
-
-
 def _require(value: object, kinds: tuple[type, ...], where: str, argument: str, hint: str) -> None:
     if not isinstance(value, kinds):
         raise DtypeError(message(where, argument, f"a {kinds[0].__name__}", type(value).__name__, hint))
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else f"{text[:300]}..."

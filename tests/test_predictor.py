@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 import pudnet
 from pudnet import checkpoint
+from pudnet.checkpoint import PRETRAINED
 from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError
-from pudnet.predictor import PRETRAINED, STAGES, Classification, StageClock
+from pudnet.predictor import STAGES, Classification, StageClock
 
 SIDE = 16
 
@@ -396,7 +397,7 @@ def test_path_then_bundled_name_then_hub(tmp_path: Path, monkeypatch: pytest.Mon
         folder.mkdir()
         net = pudnet.PudNet("convnet3", image_size=SIDE, width=8 * (number + 1), generator_width=2)
         net.save(folder / ("owner-name.safetensors" if folder == bundled else "predictor.safetensors"))
-    monkeypatch.setattr("pudnet.predictor.PRETRAINED", bundled)
+    monkeypatch.setattr("pudnet.checkpoint.PRETRAINED", bundled)
     asked = []
 
     def download(repository: str, file: str) -> str:
@@ -416,7 +417,7 @@ def test_path_then_bundled_name_then_hub(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_from_pretrained_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_net().save(tmp_path / "known.safetensors")
-    monkeypatch.setattr("pudnet.predictor.PRETRAINED", tmp_path)
+    monkeypatch.setattr("pudnet.checkpoint.PRETRAINED", tmp_path)
     for name in ("nonesuch", "a/b/c", tmp_path, "folder/missing.safetensors", ""):
         with pytest.raises(InputError, match="known"):
             pudnet.Predictor.from_pretrained(name)

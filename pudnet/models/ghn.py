@@ -303,9 +303,7 @@ class GHN(nn.Module):
         Raises:
             InputError: there is no such file, name or repository. CheckpointError: it is not a GHN.
         """
-        from pudnet.predictor import find_checkpoint
-
-        ghn = cls.load(find_checkpoint(name, "GHN.from_pretrained"))
+        ghn = cls.load(checkpoint.find(name, "GHN.from_pretrained"))
         return ghn if device is None else ghn.to(device)
 
 
