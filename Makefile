@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DATA ?= ../shared/data
 
-.PHONY: demo test lint results wheel gpu
+.PHONY: demo test stress lint results wheel gpu
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -13,6 +13,10 @@ demo: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest -q
+
+# Fuzzers, injected faults and load at full counts, some minutes; writes docs/stress.md.
+stress: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m stress
 
 lint: $(READY)
 	$(BIN)/ruff check .
