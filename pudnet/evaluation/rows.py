@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from pudnet.data import Preprocess
 from pudnet.data.source import open_images
 from pudnet.evaluation.baselines import pca_weights, random_weights
-from pudnet.evaluation.scratch import accuracy, scratch_settings, train_from_scratch
+from pudnet.evaluation.peers import ITERATIONS, TREES, fit_pixels
+from pudnet.evaluation.scratch import FINE_TUNING_LR, accuracy, fine_tune, scratch_settings, train_from_scratch
 from pudnet.evaluation.tasks import Images, Task, draw
 from pudnet.heads import fit_head
 from pudnet.predictor import Predictor, finish
@@ -28,6 +29,7 @@ PROBE_BATCH = 512
 # Epochs of training from scratch, and by how many pixels images are moved at random meanwhile: on training classes that
 # brought 1.5 points to 20 epochs and cost 0.9 in 5.
 SCRATCH = {5: 0, 20: 2}
+FINE_TUNING_EPOCHS = 5
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,41 @@ def _pixels(bench: Bench, task: Task) -> Outcome:
     return Outcome(right / len(task.test.labels), {"finish": seconds, "total": seconds}, head.expected_accuracy)
 
 
+def _pixel_classifier(name: str) -> Callable[[Bench, Task], Outcome]:
+    """One of scikit-learn's classifiers on the raw pixels."""
+
+    def run(bench: Bench, task: Task) -> Outcome:
+        start = time.perf_counter()
+        classify = fit_pixels(name, bench.preprocess(task.train.images).flatten(1), task.train.labels, seed=task.seed)
+        seconds = time.perf_counter() - start
+        answers = classify(bench.preprocess(task.test.images).flatten(1))
+        top1 = float((answers == task.test.labels).double().mean())
+        return Outcome(top1, {"training": seconds, "total": seconds})
+
+    return run
+
+
+def _fine_tuned(bench: Bench, task: Task) -> Outcome:
+    """All weights start as those predicted from another dataset's sketch: a network trained elsewhere, in short."""
+    start = time.perf_counter()
+    network = _predicted_from_other(bench, task, _other_sketch(bench, task))
+    made = time.perf_counter() - start
+    result = fine_tune(
+        network,
+        task.train.images,
+        task.train.labels,
+        len(task.train.classes),
+        bench.preprocess,
+        epochs=FINE_TUNING_EPOCHS,
+        flip=task.flip,
+        seed=task.seed + task.number,
+        test=(task.test.images, task.test.labels),
+    )
+    seconds = {"weights": made, "training": result.seconds, "total": made + result.seconds}
+    curve = [(point.epoch, point.seconds, point.top1) for point in result.curve]
+    return Outcome(curve[-1][2], seconds, curve=curve)
+
+
 def _scratch(optimizer: str, epochs: int, shift: int) -> Callable[[Bench, Task], Outcome]:
     def run(bench: Bench, task: Task) -> Outcome:
         result = train_from_scratch(
@@ -240,6 +277,14 @@ ROWS: dict[str, Row] = {
         Row("pca-ridge-other", "PCA kernels of another dataset, ridge", _finished(_pca_of_other, "ridge"),
             needs_other=True),
         Row("pixels-ridge", "raw pixels, ridge", _pixels),
+        Row("pixels-mean", "raw pixels, nearest class mean", _pixel_classifier("mean")),
+        Row("pixels-logistic", "raw pixels, logistic regression (scikit-learn)", _pixel_classifier("logistic"),
+            settings=f"iterations={ITERATIONS}"),
+        Row("pixels-forest", "raw pixels, random forest (scikit-learn)", _pixel_classifier("forest"),
+            settings=f"trees={TREES}"),
+        Row("finetune-5", f"predicted from another dataset's sketch, fine-tuned {FINE_TUNING_EPOCHS} epochs (Adam)",
+            _fine_tuned, uses_checkpoint=True, needs_other=True,
+            settings=f"lr={FINE_TUNING_LR} {scratch_settings('adam', FINE_TUNING_EPOCHS, 0)}"),
         *(
             Row(f"{optimizer}-{epochs}", f"{title} from scratch, {epochs} epochs", _scratch(optimizer, epochs, shift),
                 settings=scratch_settings(optimizer, epochs, shift))

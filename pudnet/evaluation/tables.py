@@ -18,13 +18,14 @@ DIFFERENCES = (
     ("predicted, cosine, minus Adam 5 epochs", "predicted-cosine", "adam-5"),
     ("predicted, ridge, minus random weights, ridge", "predicted-ridge", "random-ridge"),
     ("predicted, ridge, minus PCA kernels, ridge", "predicted-ridge", "pca-ridge"),
+    ("predicted, ridge, minus fine-tuning", "predicted-ridge", "finetune-5"),
     ("predicted, ridge, bfloat16 minus float32 parameters", "predicted-ridge-bfloat16", "predicted-ridge"),
     ("conditioning gain (own sketch minus another's), predicted, ridge", "predicted-ridge", "predicted-ridge-other"),
     ("conditioning gain, predicted, cosine", "predicted-cosine", "predicted-cosine-other"),
     ("conditioning gain, PCA kernels, ridge", "pca-ridge", "pca-ridge-other"),
 )
 CURVES = ("adam-5", "adam-20", "sgd-5", "sgd-20")
-POINTS = ("predicted-ridge", "predicted-cosine", "pca-ridge", "random-ridge")
+POINTS = ("predicted-ridge", "predicted-cosine", "pca-ridge", "random-ridge", "finetune-5")
 
 
 def markdown(document: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
@@ -191,7 +192,7 @@ def _draw_seconds(document: Mapping[str, Any]) -> Any:
             seconds = [statistics.fmean(point[1] for point in epoch) for epoch in points]
             tops = [100 * statistics.fmean(point[2] for point in epoch) for epoch in points]
             axis.plot(seconds, tops, label=ROWS[key].title, color=_colour(key), linestyle="-" if "20" in key else ":")
-        for key, marker in zip((key for key in POINTS if key in rows), "o^sD", strict=False):
+        for key, marker in zip((key for key in POINTS if key in rows), "o^sDv", strict=False):
             seconds = [statistics.fmean(record["seconds"]["total"] for record in rows[key])]
             tops = [100 * statistics.fmean(record["top1"] for record in rows[key])]
             axis.plot(seconds, tops, marker, label=ROWS[key].title, color=_colour(key))
@@ -213,5 +214,6 @@ def _colour(row: str) -> str:
         "adam": "red",
         "sgd": "orange",
         "pixels": "brown",
+        "finetune": "purple",
     }
     return "tab:" + families[row.partition("-")[0]]
