@@ -96,7 +96,7 @@ def _run(options: argparse.Namespace) -> int:
         print(f"[{tasks}/{of}] {records[0]['group']} {records[0]['number']}: {tops}", file=sys.stderr, flush=True)
 
     for path in (options.json, options.output):
-        _make_folder(path.parent)
+        harness.make_folder(path.parent, "evaluation")
     # The page is claimed first, so that a path that cannot be written costs no work.
     with atomic_path(options.output, "evaluation") as page:
         records, skipped = harness.run(settings, known=known, workers=options.workers, progress=progress)
@@ -107,14 +107,6 @@ def _run(options: argparse.Namespace) -> int:
         page.write_text(tables.markdown(complete, relative))
     print(f"{options.output}, {options.json} and {len(pictures)} pictures beside it", file=sys.stderr)
     return 0
-
-
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        got = f"{str(path)!r} ({error.strerror})"
-        raise InputError(message("evaluation", "the folder", "one that can be made", got)) from error
 
 
 def _command(options: argparse.Namespace) -> str:

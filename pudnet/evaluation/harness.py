@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -176,11 +177,13 @@ def binomial_error(top1: float, n: int) -> float:
 # ---- the file ---------------------------------------------------------------------------------------------------
 
 
-def environment(threads: int) -> dict[str, Any]:
+def environment(threads: int, device: str = "cpu") -> dict[str, Any]:
     """Hardware and versions, for the head of every table."""
+    cuda = torch.device(device).type == "cuda"
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "processor": _processor(),
+        "processor": f"{processor_name()} ({torch.backends.cpu.get_cpu_capability()})",
+        **({"gpu": torch.cuda.get_device_name(torch.device(device)), "cuda": torch.version.cuda} if cuda else {}),
         "cores": os.cpu_count(),
         "threads_per_process": threads,
         "system": f"{platform.system()} {platform.machine()}",
@@ -190,14 +193,43 @@ def environment(threads: int) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """The processor's name, from the system where it tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{names[0] if names else platform.machine()} ({capability})"
+    return names[0] if names else platform.machine()
+
+
+def commit() -> str | None:
+    """The commit of the working tree this package is in, with a ``+`` where files differ from it; None elsewhere."""
+    folder = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def make_folder(path: Path, where: str) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        got = f"{str(path)!r} ({error.strerror})"
+        raise InputError(message(where, "the folder", "one that can be made", got)) from error
 
 
 def save(path: Path, document: Mapping[str, Any]) -> None:

@@ -105,7 +105,8 @@ def available(group: Group, material: Material) -> str:
     missing = [name for name in group.files if material.data is None or not (material.data / f"{name}.npz").exists()]
     if missing:
         return f"needs {', '.join(f'{name}.npz' for name in missing)}, not found in the data folder"
-    if group.repeated and len(material.held_out) < material.ways:
+    needs_classes = set(group.files) >= set(NATURAL)
+    if needs_classes and len(material.held_out) < material.ways:
         return f"needs {material.ways} classes the checkpoint was not trained on; {len(material.held_out)} are known"
     return ""
 
@@ -202,6 +203,15 @@ def unseen_classes(material: Material, number: int, seed: int) -> Task:
     train, test = _only(train, chosen), _only(test, chosen)
     train = train.take(per_class(train.labels, TRAIN_PER_CLASS, generator))
     return Task(name, number, seed, train, test, _other(material, name, seed), flip=True)
+
+
+def validation_classes(material: Material, number: int, seed: int) -> Task:
+    """All held-out classes at once, ``TRAIN_PER_CLASS`` training images of each and all test images."""
+    assert material.data is not None
+    name = "validation"
+    train, test = held_out_parts(material.data, material.size, material.held_out)
+    train = train.take(per_class(train.labels, TRAIN_PER_CLASS, draw(seed, name, number)))
+    return Task(name, number, seed, train, test, _other(material, "unseen", seed), flip=True)
 
 
 def digits_task(material: Material, number: int, seed: int) -> Task:

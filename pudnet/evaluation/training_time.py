@@ -1,0 +1,474 @@
+"""Prediction against training: how long the same network must be trained to be as accurate as a predicted one.
+
+``python -m pudnet.evaluation.training_time`` (``make bench-train``) compares on every dataset, with the peers of
+``rows.py`` in the same run, and writes one JSON file and one picture for the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pudnet.errors import InputError, message
+from pudnet.evaluation import harness
+from pudnet.evaluation.rows import ROWS, SCRATCH, Bench
+from pudnet.evaluation.scratch import ScratchResult, accuracy, native_bfloat16, train_from_scratch
+from pudnet.evaluation.tasks import GROUPS, Group, Images, Material, Task, available, validation_classes
+from pudnet.files import atomic_path
+from pudnet.predictor import STAGES, Predictor
+
+FORMAT = 1
+POINTS = 40  # of every curve
+OPTIMIZERS = {"adam": "Adam", "sgd": "SGD"}
+# Longer schedules are run only while no shorter one was as accurate as the prediction.
+ALWAYS = 20
+SHIFTED_FROM = max(SCRATCH)  # epochs from which moving the images helps (see ``rows.SCRATCH``)
+PEERS = ("random-ridge", "pca-ridge", "pixels-ridge", "pixels-mean", "pixels-logistic", "pixels-forest", "finetune-5")
+RATIOS = {"weights": "weights alone", "classifier": "weights, calibration, head", "files": "everything from files"}
+
+DATASETS: dict[str, Group] = {
+    "digits": GROUPS["digits"],
+    "mnist": GROUPS["mnist"],
+    "fashion": GROUPS["fashion"],
+    "unseen": GROUPS["unseen"],
+    "validation": Group("All unseen classes of Tiny-ImageNet", validation_classes, GROUPS["unseen"].files),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One comparison.
+
+    Attributes:
+        checkpoint: what ``Predictor.from_pretrained`` takes.
+        data: folder with the image sets, or None.
+        datasets: keys of ``DATASETS``.
+        head: of the predicted network.
+        device: of the prediction and of the training; the peers run on the CPU.
+        repeats: predictions timed; their medians count.
+        epochs: schedules to train with, each from the start, with each optimizer.
+        budget: seconds of training for one dataset, measuring included; what would not fit is left out.
+        peers: keys of ``ROWS``.
+        ways: classes of the 5-way task.
+        seed: of every draw.
+    """
+
+    checkpoint: str = "convnet3"
+    data: Path | None = None
+    datasets: tuple[str, ...] = tuple(DATASETS)
+    head: str = "ridge"
+    device: str = "cpu"
+    repeats: int = 5
+    epochs: tuple[int, ...] = (2, 5, 20, 80)
+    budget: float = 400.0
+    peers: tuple[str, ...] = PEERS
+    ways: int = 5
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A predicted classifier, measured.
+
+    Attributes:
+        top1: accuracy on the test images; the one that training has to reach.
+        expected: leave-one-out accuracy that the head reported.
+        seconds: median of each stage, of their ``total``, and of ``open``: loading the checkpoint.
+        first: the same of the first prediction, with everything that happens once.
+    """
+
+    top1: float
+    expected: float
+    seconds: dict[str, float]
+    first: dict[str, float]
+
+    def ways_to_count(self) -> dict[str, float]:
+        """Seconds by key of ``RATIOS``."""
+        spent = self.seconds
+        return {
+            "weights": spent["weights"],
+            "classifier": sum(spent[stage] for stage in STAGES if stage != "reading"),
+            "files": spent["open"] + spent["total"],
+        }
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training from scratch: curve of (epoch, seconds, top1), and when it first was as accurate as asked for."""
+
+    optimizer: str
+    epochs: int
+    shift: int
+    seconds: float
+    reached: float | None
+    curve: list[tuple[float, float, float]] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Winner:
+    """What counts as the time of training.
+
+    Attributes:
+        reached: whether any run was as accurate as the prediction.
+        optimizer, epochs: of the run that was first; else of the longest one.
+        seconds: until it was; else all of its seconds, a lower bound.
+    """
+
+    reached: bool
+    optimizer: str
+    epochs: int
+    seconds: float
+
+
+def predict(settings: Settings, folder: Path, task: Task) -> Prediction:
+    """Predict from the image files in ``folder``, several times; measure the accuracy on the test images once."""
+    opened, spent = [], []
+    for _ in range(settings.repeats):
+        start = time.perf_counter()
+        predictor = open_predictor(settings)
+        opened.append(time.perf_counter() - start)
+    for _ in range(settings.repeats + 1):
+        model = predictor.predict(folder, head=settings.head, seed=settings.seed)
+        spent.append(model.report["seconds"])
+    first, *others = spent
+    seconds = {stage: statistics.median(one[stage] for one in others) for stage in (*STAGES, "total")}
+    top1 = accuracy(model, task.test.images, task.test.labels, model.preprocess)
+    whole = {"open": statistics.median(opened), **seconds}
+    return Prediction(top1, model.report["expected_accuracy"], whole, {"open": opened[0], **first})
+
+
+def open_predictor(settings: Settings) -> Predictor:
+    """The predictor of a production program."""
+    return Predictor.from_pretrained(settings.checkpoint, device=settings.device, optimize=True)
+
+
+def write_images(part: Images, folder: Path) -> Path:
+    """Images as PNG files, one sub-folder per class, in the order of the labels."""
+    from PIL import Image
+
+    for label in range(len(part.classes)):
+        (folder / f"{label:04}").mkdir(parents=True)
+    for number, (image, label) in enumerate(zip(part.images.numpy(), part.labels.tolist(), strict=True)):
+        Image.fromarray(image).save(folder / f"{label:04}" / f"{number:06}.png")
+    return folder
+
+
+def train(
+    settings: Settings, bench: Bench, task: Task, target: float, progress: Callable[[Run], None]
+) -> tuple[list[Run], list[str]]:
+    """Train from scratch, with short schedules first.
+
+    Returns:
+        The runs, and those left out for want of time: ``"adam, 80 epochs"``.
+    """
+    runs: list[Run] = []
+    left_out: list[str] = []
+    left, measuring = settings.budget, 0.0
+    for epochs in sorted(settings.epochs):
+        if epochs > ALWAYS and any(run.reached is not None for run in runs):
+            break
+        for optimizer in OPTIMIZERS:
+            per_epoch = max((run.seconds / run.epochs for run in runs[-1:]), default=0.0)
+            if epochs * per_epoch + measuring > left:
+                left_out.append(f"{optimizer}, {epochs} epochs")
+                continue
+            start = time.perf_counter()
+            shift = SCRATCH[SHIFTED_FROM] if epochs >= SHIFTED_FROM else 0
+            run = _run(_train_once(settings, bench, task, optimizer, epochs, shift), optimizer, epochs, shift, target)
+            wall = time.perf_counter() - start
+            left, measuring = left - wall, wall - run.seconds
+            runs.append(run)
+            progress(run)
+    return runs, left_out
+
+
+def _train_once(settings: Settings, bench: Bench, task: Task, optimizer: str, epochs: int, shift: int) -> ScratchResult:
+    return train_from_scratch(
+        bench.architecture,
+        task.train.images,
+        task.train.labels,
+        len(task.train.classes),
+        bench.preprocess,
+        optimizer=optimizer,
+        epochs=epochs,
+        flip=task.flip,
+        shift=shift,
+        seed=settings.seed,
+        test=(task.test.images, task.test.labels),
+        points=POINTS,
+        device=settings.device,
+    )
+
+
+def _run(result: ScratchResult, optimizer: str, epochs: int, shift: int, target: float) -> Run:
+    curve = [(point.epoch, point.seconds, point.top1) for point in result.curve]
+    reached = next((at for _, at, top1 in curve if top1 >= target), None)
+    return Run(optimizer, epochs, shift, result.seconds, reached, curve)
+
+
+def winner(runs: Sequence[Run]) -> Winner:
+    """The run that was first as accurate as the prediction; the longest where none was."""
+    arrived = [(run.reached, run) for run in runs if run.reached is not None]
+    if arrived:
+        seconds, first = min(arrived, key=lambda pair: pair[0])
+        return Winner(True, first.optimizer, first.epochs, seconds)
+    longest = max(runs, key=lambda run: run.seconds)
+    return Winner(False, longest.optimizer, longest.epochs, longest.seconds)
+
+
+def ratios(prediction: Prediction, found: Winner) -> dict[str, float]:
+    """Seconds of training over seconds of prediction, by key of ``RATIOS``.
+
+    Training starts from images in memory, even where the prediction reads them from files and loads its checkpoint.
+    """
+    return {way: found.seconds / seconds for way, seconds in prediction.ways_to_count().items()}
+
+
+def compare(settings: Settings, bench: Bench, name: str, task: Task, say: Callable[[str], None]) -> dict[str, Any]:
+    """One dataset: prediction, training, ratios and peers, JSON-able."""
+    with tempfile.TemporaryDirectory(prefix="pudnet-") as folder:
+        prediction = predict(settings, write_images(task.train, Path(folder) / "train"), task)
+    say(f"{name}: predicted {100 * prediction.top1:.1f} % in {prediction.seconds['total']:.2f} s")
+
+    def progress(run: Run) -> None:
+        when = "never as accurate" if run.reached is None else f"as accurate after {run.reached:.1f} s"
+        say(
+            f"{name}: {run.optimizer}, {run.epochs} epochs, {run.seconds:.1f} s, {100 * run.curve[-1][2]:.1f} %; {when}"
+        )
+
+    runs, left_out = train(settings, bench, task, prediction.top1, progress)
+    if not runs:
+        raise InputError(message("training_time", "--budget", "enough for the shortest schedule", settings.budget))
+    found = winner(runs)
+    peers = {}
+    for key in settings.peers:
+        if not ROWS[key].needs_other or task.other is not None:
+            peers[key] = ROWS[key].run(bench, task).to_json()
+            say(f"{name}: {key} {100 * peers[key]['top1']:.1f} %, {peers[key]['seconds']['total']:.2f} s")
+    return {
+        "dataset": name,
+        "title": DATASETS[name].title.format(ways=settings.ways),
+        "n_train": len(task.train.labels),
+        "n_test": len(task.test.labels),
+        "classes": len(task.train.classes),
+        "prediction": {**asdict(prediction), "ways_to_count": prediction.ways_to_count()},
+        "training": {"winner": asdict(found), "runs": [asdict(run) for run in runs], "left_out": left_out},
+        "ratios": ratios(prediction, found),
+        "peers": peers,
+    }
+
+
+# ---- the report -------------------------------------------------------------------------------------------------
+
+
+def file_stem(device: str) -> str:
+    """Name of this machine's results, without an extension."""
+    name = harness.processor_name()
+    if torch.device(device).type == "cuda":
+        name = f"cuda {torch.cuda.get_device_name(torch.device(device))}"
+    return re.sub(r"[^a-z0-9]+", "-", f"training-time-{name}".lower()).strip("-")
+
+
+def markdown(document: Mapping[str, Any]) -> list[str]:
+    """Two tables: times and ratios of every dataset, and the peers beside them."""
+    lines = [
+        f"| dataset | top-1 % | training needs, s | {' | '.join(f'{title}, s | x' for title in RATIOS.values())} |",
+        "| --- | ---: | ---: |" + " ---: | ---: |" * len(RATIOS),
+    ]
+    for record in document["datasets"]:
+        found, prediction = record["training"]["winner"], record["prediction"]
+        bound = "" if found["reached"] else "> "
+        training = f"{bound}{found['seconds']:.1f} ({OPTIMIZERS[found['optimizer']]}, {found['epochs']} epochs)"
+        cells = [record["title"], f"{100 * prediction['top1']:.1f}", training]
+        for way in RATIOS:
+            cells += [f"{prediction['ways_to_count'][way]:.3g}", f"{bound}{record['ratios'][way]:,.3g}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    titles = [record["title"] for record in document["datasets"]]
+    lines += ["", "| top-1 % (seconds) | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * len(titles)]
+    lines.append("| predicted weights | " + " | ".join(map(_prediction_cell, document["datasets"])) + " |")
+    for key in ROWS:
+        cells = [_cell(record["peers"].get(key)) for record in document["datasets"]]
+        if any(cells):
+            lines.append(f"| {ROWS[key].title} | " + " | ".join(cells) + " |")
+    for optimizer, title in OPTIMIZERS.items():
+        cells = [_longest_cell(record, optimizer) for record in document["datasets"]]
+        lines.append(f"| {title} from scratch, longest run | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _prediction_cell(record: Mapping[str, Any]) -> str:
+    prediction = record["prediction"]
+    return f"{100 * prediction['top1']:.1f} ({prediction['ways_to_count']['classifier']:.1f})"
+
+
+def _cell(outcome: Mapping[str, Any] | None) -> str:
+    return "" if outcome is None else f"{100 * outcome['top1']:.1f} ({outcome['seconds']['total']:.1f})"
+
+
+def _longest_cell(record: Mapping[str, Any], optimizer: str) -> str:
+    runs = [run for run in record["training"]["runs"] if run["optimizer"] == optimizer]
+    longest = max(runs, key=lambda run: run["seconds"], default=None)
+    return "" if longest is None else f"{100 * longest['curve'][-1][2]:.1f} ({longest['seconds']:.1f})"
+
+
+def draw(document: Mapping[str, Any], path: Path) -> None:
+    """Accuracy against seconds as SVG, one panel per dataset."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    records = document["datasets"]
+    with rc_context({"svg.hashsalt": "pudnet", "svg.fonttype": "none", "font.size": 8}):
+        figure = Figure(figsize=(3.1 * len(records), 3.0))
+        axes = figure.subplots(1, len(records), squeeze=False)[0]
+        for axis, record in zip(axes, records, strict=True):
+            _draw_panel(axis, record)
+        axes[0].set_ylabel("top-1 %")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=5, frameon=False)
+        with atomic_path(path, "training_time") as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None}, bbox_inches="tight")
+
+
+def _draw_panel(axis: Any, record: Mapping[str, Any]) -> None:
+    prediction, colours = record["prediction"], {"adam": "tab:red", "sgd": "tab:orange"}
+    top1 = 100 * prediction["top1"]
+    for run in record["training"]["runs"]:
+        _, seconds, tops = zip(*run["curve"], strict=True)
+        label = f"{OPTIMIZERS[run['optimizer']]} from scratch" if run["epochs"] == min_epochs(record) else None
+        colour = colours[run["optimizer"]]
+        axis.plot(seconds, [100 * top for top in tops], color=colour, linewidth=0.8, alpha=0.8, label=label)
+    axis.axhline(top1, color="tab:blue", linewidth=0.5)
+    for (way, title), marker in zip(RATIOS.items(), "o^s", strict=True):
+        axis.plot(prediction["ways_to_count"][way], top1, marker, color="tab:blue", label=f"predicted: {title}")
+    for key, marker in zip(record["peers"], "xv+1D<>", strict=False):
+        outcome = record["peers"][key]
+        axis.plot(
+            outcome["seconds"]["total"], 100 * outcome["top1"], marker, color="tab:grey", label=ROWS[key].title, ms=4
+        )
+    axis.set_xscale("log")
+    axis.set_xlabel("seconds")
+    axis.set_title(record["title"], fontsize=8)
+
+
+def min_epochs(record: Mapping[str, Any]) -> int:
+    """Epochs of the shortest run."""
+    return min(run["epochs"] for run in record["training"]["runs"])
+
+
+# ---- the command ------------------------------------------------------------------------------------------------
+
+
+def run(settings: Settings, folder: Path, command: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """Compare on every dataset; the JSON file in ``folder`` grows with each, the picture comes last.
+
+    Raises:
+        InputError: an unknown dataset or peer, no such checkpoint, or ``folder`` cannot be written.
+    """
+    for name, keys, table in (("datasets", settings.datasets, DATASETS), ("peers", settings.peers, ROWS)):
+        if unknown := sorted(set(keys) - set(table)):
+            raise InputError(message("training_time", name, f"among {sorted(table)}", unknown))
+    harness.make_folder(folder, "training_time")
+    bench = Bench.open(settings.checkpoint)
+    material = Material(settings.data, bench.preprocess.size, bench.held_out, settings.ways)
+    path = folder / f"{file_stem(settings.device)}.json"
+    document: dict[str, Any] = {
+        "format": FORMAT,
+        "command": command,
+        "commit": harness.commit(),
+        "checkpoint_sha256": bench.digest,
+        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()},
+        "environment": harness.environment(torch.get_num_threads(), settings.device),
+        "training_autocast": bool(torch.device(settings.device).type == "cuda" or native_bfloat16()),
+        "skipped": {},
+        "datasets": [],
+    }
+    for name in settings.datasets:
+        if reason := available(DATASETS[name], material):
+            document["skipped"][name] = reason
+            say(f"{name}: left out: {reason}")
+            continue
+        task = DATASETS[name].build(material, 0, settings.seed)
+        document["datasets"].append(compare(settings, bench, name, task, say))
+        harness.save(path, document)
+    if not document["datasets"]:
+        raise InputError(message("training_time", "datasets", "at least one that is there", document["skipped"]))
+    harness.save(path, document)
+    draw(document, path.with_suffix(".svg"))
+    say(f"{path} and {path.with_suffix('.svg').name} beside it")
+    return document
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; exit status 2 for bad input, 130 when interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_args(arguments)
+    start = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"[{time.perf_counter() - start:6.0f} s] {text}", file=sys.stderr, flush=True)
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    settings = Settings(
+        checkpoint=options.checkpoint,
+        data=options.data if options.data.is_dir() else None,
+        datasets=tuple(options.datasets),
+        head=options.head,
+        device=options.device,
+        repeats=options.repeats,
+        epochs=tuple(options.epochs),
+        budget=options.budget,
+        peers=tuple(options.peers),
+        seed=options.seed,
+    )
+    command = " ".join(["python -m pudnet.evaluation.training_time", *arguments])
+    try:
+        document = run(settings, options.output, command, say)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the datasets that were finished are in the JSON file", file=sys.stderr)
+        return 130
+    print("\n".join(markdown(document)))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    usual = Settings()
+    parser = argparse.ArgumentParser(
+        prog="python -m pudnet.evaluation.training_time",
+        description="How long must the same network be trained to be as accurate as a predicted one?",
+        epilog="example: python -m pudnet.evaluation.training_time --data ../shared/data --device cuda",
+    )
+    parser.add_argument("--checkpoint", default=usual.checkpoint, help="bundled name, path or Hub id (%(default)s)")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the .npz image sets")
+    parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results"), help="folder of the results")
+    parser.add_argument("--datasets", nargs="+", choices=DATASETS, default=list(DATASETS), metavar="NAME",
+                        help=f"of {', '.join(DATASETS)}")  # fmt: skip
+    parser.add_argument("--peers", nargs="*", choices=ROWS, default=list(PEERS), metavar="ROW",
+                        help=f"of {', '.join(ROWS)}")  # fmt: skip
+    parser.add_argument("--head", default=usual.head, help="of the predicted network (%(default)s)")
+    parser.add_argument("--device", default=usual.device, help="of prediction and training (%(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads of everything; default: as many as torch takes")
+    parser.add_argument("--repeats", type=int, default=usual.repeats, help="predictions to time (%(default)s)")
+    parser.add_argument("--epochs", type=int, nargs="+", default=list(usual.epochs), metavar="N",
+                        help="schedules to train with; more than 20 only while shorter ones fail")  # fmt: skip
+    parser.add_argument("--budget", type=float, default=usual.budget,
+                        help="seconds of training for one dataset (%(default)s)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=usual.seed)
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
