@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DATA ?= ../shared/data
+DEVICE ?= cpu
 
-.PHONY: demo test stress lint results wheel gpu
+.PHONY: demo test stress lint results bench-train wheel gpu
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -24,6 +25,13 @@ lint: $(READY)
 
 results: $(READY)
 	$(BIN)/python -m pudnet.evaluation --data $(DATA)
+
+# Half an hour: how long training takes to be as accurate as a prediction. DEVICE=cuda for a GPU.
+bench-train: $(READY)
+	$(BIN)/python -m pudnet.evaluation.training_time --data $(DATA) --device $(DEVICE)
+	mkdir -p .benchmarks
+	PUDNET_BENCH_DATA=$(DATA) PUDNET_BENCH_DEVICE=$(DEVICE) $(BIN)/python -m pytest benchmarks/bench_training_time.py \
+		--benchmark-json=.benchmarks/training-time.json
 
 # On a machine with an NVIDIA GPU and torch, triton and nvcc already there; nothing is downloaded.
 gpu:
