@@ -57,7 +57,8 @@ class Settings:
         device: of the prediction and of the training; the peers run on the CPU.
         repeats: predictions timed; their medians count.
         epochs: schedules to train with, each from the start, with each optimizer.
-        budget: seconds of training for one dataset, measuring included; what would not fit is left out.
+        budget: seconds of training, measuring included; every dataset gets an equal share of what is left, and what
+            would not fit into it is left out.
         peers: keys of ``ROWS``.
         ways: classes of the 5-way task.
         seed: of every draw.
@@ -70,7 +71,7 @@ class Settings:
     device: str = "cpu"
     repeats: int = 5
     epochs: tuple[int, ...] = (2, 5, 20, 80)
-    budget: float = 400.0
+    budget: float = 1800.0
     peers: tuple[str, ...] = PEERS
     ways: int = 5
     seed: int = 0
@@ -164,16 +165,16 @@ def write_images(part: Images, folder: Path) -> Path:
 
 
 def train(
-    settings: Settings, bench: Bench, task: Task, target: float, progress: Callable[[Run], None]
+    settings: Settings, bench: Bench, task: Task, target: float, budget: float, progress: Callable[[Run], None]
 ) -> tuple[list[Run], list[str]]:
-    """Train from scratch, with short schedules first.
+    """Train from scratch, with short schedules first, for ``budget`` seconds at most.
 
     Returns:
         The runs, and those left out for want of time: ``"adam, 80 epochs"``.
     """
     runs: list[Run] = []
     left_out: list[str] = []
-    left, measuring = settings.budget, 0.0
+    left, measuring = budget, 0.0
     for epochs in sorted(settings.epochs):
         if epochs > ALWAYS and any(run.reached is not None for run in runs):
             break
@@ -234,8 +235,10 @@ def ratios(prediction: Prediction, found: Winner) -> dict[str, float]:
     return {way: found.seconds / seconds for way, seconds in prediction.ways_to_count().items()}
 
 
-def compare(settings: Settings, bench: Bench, name: str, task: Task, say: Callable[[str], None]) -> dict[str, Any]:
-    """One dataset: prediction, training, ratios and peers, JSON-able."""
+def compare(
+    settings: Settings, bench: Bench, name: str, task: Task, budget: float, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """One dataset: prediction, ``budget`` seconds of training, ratios and peers, JSON-able."""
     with tempfile.TemporaryDirectory(prefix="pudnet-") as folder:
         prediction = predict(settings, write_images(task.train, Path(folder) / "train"), task)
     say(f"{name}: predicted {100 * prediction.top1:.1f} % in {prediction.seconds['total']:.2f} s")
@@ -246,7 +249,9 @@ def compare(settings: Settings, bench: Bench, name: str, task: Task, say: Callab
             f"{name}: {run.optimizer}, {run.epochs} epochs, {run.seconds:.1f} s, {100 * run.curve[-1][2]:.1f} %; {when}"
         )
 
-    runs, left_out = train(settings, bench, task, prediction.top1, progress)
+    start = time.perf_counter()
+    runs, left_out = train(settings, bench, task, prediction.top1, budget, progress)
+    spent = time.perf_counter() - start
     if not runs:
         raise InputError(message("training_time", "--budget", "enough for the shortest schedule", settings.budget))
     found = winner(runs)
@@ -262,7 +267,12 @@ def compare(settings: Settings, bench: Bench, name: str, task: Task, say: Callab
         "n_test": len(task.test.labels),
         "classes": len(task.train.classes),
         "prediction": {**asdict(prediction), "ways_to_count": prediction.ways_to_count()},
-        "training": {"winner": asdict(found), "runs": [asdict(run) for run in runs], "left_out": left_out},
+        "training": {
+            "winner": asdict(found),
+            "runs": [asdict(run) for run in runs],
+            "left_out": left_out,
+            "seconds": spent,
+        },
         "ratios": ratios(prediction, found),
         "peers": peers,
     }
@@ -396,13 +406,16 @@ def run(settings: Settings, folder: Path, command: str, say: Callable[[str], Non
         if reason := available(DATASETS[name], material):
             document["skipped"][name] = reason
             say(f"{name}: left out: {reason}")
-            continue
-        task = DATASETS[name].build(material, 0, settings.seed)
-        document["datasets"].append(compare(settings, bench, name, task, say))
-        harness.save(path, document)
-    if not document["datasets"]:
+    there = [name for name in settings.datasets if name not in document["skipped"]]
+    if not there:
         raise InputError(message("training_time", "datasets", "at least one that is there", document["skipped"]))
-    harness.save(path, document)
+    left = settings.budget
+    for number, name in enumerate(there):
+        task = DATASETS[name].build(material, 0, settings.seed)
+        record = compare(settings, bench, name, task, left / (len(there) - number), say)
+        left -= record["training"]["seconds"]
+        document["datasets"].append(record)
+        harness.save(path, document)
     draw(document, path.with_suffix(".svg"))
     say(f"{path} and {path.with_suffix('.svg').name} beside it")
     return document
@@ -465,7 +478,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, nargs="+", default=list(usual.epochs), metavar="N",
                         help="schedules to train with; more than 20 only while shorter ones fail")  # fmt: skip
     parser.add_argument("--budget", type=float, default=usual.budget,
-                        help="seconds of training for one dataset (%(default)s)")  # fmt: skip
+                        help="seconds of training for all datasets (%(default)s)")  # fmt: skip
     parser.add_argument("--seed", type=int, default=usual.seed)
     return parser
 

@@ -54,12 +54,12 @@ def test_ratios_by_hand() -> None:
 def test_schedules_go_on_until_one_is_as_accurate_or_the_budget_is_spent(checkpoint: str) -> None:
     bench, task = Bench.open(checkpoint), Task("made up", 0, 0, colours(64, 0), colours(30, 1))
     settings = Settings(checkpoint, epochs=(1, 40, 30))
-    runs, left_out = train(settings, bench, task, 0.0, lambda run: None)
+    runs, left_out = train(settings, bench, task, 0.0, 1e9, lambda run: None)
     assert [(run.optimizer, run.epochs) for run in runs] == [("adam", 1), ("sgd", 1)] and left_out == []
     assert all(run.reached == run.curve[0][1] for run in runs)
     assert len(runs[0].curve) == 2  # two steps: no more points than steps
-    poor = Settings(checkpoint, epochs=(1, 10**6), budget=60)
-    runs, left_out = train(poor, bench, task, 1.1, lambda run: None)
+    poor = Settings(checkpoint, epochs=(1, 10**6))
+    runs, left_out = train(poor, bench, task, 1.1, 60, lambda run: None)
     assert len(runs) == 2 and left_out == ["adam, 1000000 epochs", "sgd, 1000000 epochs"]
     assert all(run.reached is None for run in runs)
 
