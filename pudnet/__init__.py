@@ -20,6 +20,8 @@ _PUBLIC = {
     "PudnetError": "pudnet.errors",
     "InputError": "pudnet.errors",
     "CheckpointError": "pudnet.errors",
+    "Cancelled": "pudnet.errors",
+    "DatasetErrors": "pudnet.errors",
     "BackendUnavailableError": "pudnet.errors",
 }
 

@@ -18,16 +18,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pudnet.errors import DtypeError, InputError, ShapeError, message
 
 POLICIES = ("calibrated", "batch", "shared")
+BATCH_SIZE = 500  # images that BatchNorm is calibrated on at once, at most
 
 
-def set_policy(module: nn.Module, policy: str, images: Tensor | None = None, *, seed: int = 0) -> None:
+def set_policy(
+    module: nn.Module, policy: str, images: Tensor | None = None, *, batch_size: int = BATCH_SIZE, seed: int = 0
+) -> None:
     """Give every BatchNorm of ``module`` one policy and put the module in eval mode.
 
     Args:
         module: changed in place.
         policy: ``"calibrated"``, ``"batch"`` or ``"shared"``.
         images: ``[n, 3, H, W]``, as the network reads them; a random sample of the dataset. Needed by ``calibrated``.
-        seed: see :func:`calibrate`.
+        batch_size, seed: see :func:`calibrate`.
 
     Raises:
         InputError: unknown policy; ``calibrated`` without images; ``shared`` on a module without running statistics;
@@ -39,7 +42,7 @@ def set_policy(module: nn.Module, policy: str, images: Tensor | None = None, *, 
     if policy == "calibrated":
         if images is None:
             raise InputError(message("set_policy", "images", "given for the policy 'calibrated'", "None"))
-        calibrate(module, images, seed=seed)
+        calibrate(module, images, batch_size, seed=seed)
         return
     for norm in _batch_norms(module):
         if policy == "batch":
@@ -54,7 +57,7 @@ def set_policy(module: nn.Module, policy: str, images: Tensor | None = None, *, 
 
 
 @torch.no_grad()
-def calibrate(module: nn.Module, images: Tensor, batch_size: int = 500, *, seed: int = 0) -> None:
+def calibrate(module: nn.Module, images: Tensor, batch_size: int = BATCH_SIZE, *, seed: int = 0) -> None:
     """Set the running statistics of every BatchNorm in ``module`` from ``images``; leave the module in eval mode.
 
     Only the BatchNorm layers run in train mode (dropout stays off), and their momentum is put back. The *population*

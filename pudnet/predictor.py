@@ -9,7 +9,7 @@ import copy
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pudnet import checkpoint
 from pudnet._version import __version__
-from pudnet.batchnorm import POLICIES, set_policy
+from pudnet.batchnorm import BATCH_SIZE, POLICIES, set_policy
 from pudnet.data import ImageSource, Preprocess, open_images
 from pudnet.data.source import channels_last
 from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError, message, one_line
@@ -28,6 +28,7 @@ from pudnet.features import feature_maps
 from pudnet.heads import Head, check_head, fit_head, head_from_config
 from pudnet.models.pudnet import PudNet
 from pudnet.optimised import OptimisedPudNet
+from pudnet.serving import Halves, Token, Watched, all_or_errors, attempt, check, in_threads, is_out_of_memory
 from pudnet.sketch import Sketch, SketchBuilder
 from pudnet.targets import build_target
 
@@ -40,9 +41,15 @@ CPU_BATCH = 32  # activations that stay in the cache: half the time of batches o
 
 
 class StageClock:
-    """Seconds per stage. Stages may nest: time counts for the innermost one only."""
+    """Seconds per stage. Stages may nest: time counts for the innermost one only.
 
-    def __init__(self, device: torch.device | None = None) -> None:
+    Args:
+        device: waits for this one, where it is a GPU, before it looks at the time.
+        cancel: looked at between stages and items; once it is set, Cancelled is raised.
+    """
+
+    def __init__(self, device: torch.device | None = None, cancel: Token | None = None) -> None:
+        self._cancel = cancel
         self.seconds = dict.fromkeys(STAGES, 0.0)
         self._cuda = device is not None and device.type == "cuda"
         self._open: list[str] = []
@@ -51,6 +58,7 @@ class StageClock:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Count the time in this block for stage ``name``."""
+        self.check()
         self._switch()
         self._open.append(name)
         try:
@@ -69,6 +77,10 @@ class StageClock:
                 except StopIteration:
                     return
             yield item
+
+    def check(self) -> None:
+        """Raise Cancelled where that was asked for."""
+        check(self._cancel, "Predictor")
 
     def total(self) -> float:
         """Seconds since the clock was made."""
@@ -149,8 +161,13 @@ class PredictedModel(nn.Module):
 
     def _probabilities(self, resized: Tensor) -> Tensor:
         """uint8 ``[n, size, size, 3]`` -> probabilities ``[n, K]`` on the CPU."""
-        parts = _pieces(resized, self.batchnorm, self._device)
-        found = [torch.softmax(self(self.preprocess.normalise(part)), dim=1).cpu() for part in parts]
+
+        def probabilities(piece: Tensor) -> Tensor:
+            return torch.softmax(self(self.preprocess.normalise(piece)), dim=1).cpu()
+
+        halves = Halves(self.batchnorm != "batch")
+        pieces = _pieces(resized, self.batchnorm, self._device)
+        found = [part for piece in pieces for part, _ in halves.run(probabilities, piece)]
         return torch.cat(found) if found else torch.empty(0, len(self.classes))
 
     @property
@@ -178,7 +195,7 @@ class PredictedModel(nn.Module):
         k = len(self.classes)
         n, right, right5 = torch.zeros(k).long(), torch.zeros(k).long(), 0
         nll = 0.0
-        for images, truth in _ordered(opened, self.batchnorm, seed):
+        for images, truth in ordered(opened, self.batchnorm, seed):
             probabilities = self._probabilities(images)  # [b, K]
             hit = probabilities.argmax(1) == truth
             n += torch.bincount(truth, minlength=k)
@@ -242,9 +259,12 @@ def load(path: str | os.PathLike[str], target: nn.Module | None = None) -> Predi
                 network, _ = build_target(str(name))
         weights = _part(tensors, "network.")
         _match_batch_norms(network, weights)
-        network.load_state_dict(weights)
+        checkpoint.fill(network, weights)
         head, classes = head_from_config(config["head"], _part(tensors, "head.")), config["classes"]
-        if not isinstance(classes, list) or len(classes) != head.num_classes:
+        if config["batchnorm"] not in POLICIES:
+            raise CheckpointError(message(where, "batchnorm", f"one of {POLICIES}", repr(config["batchnorm"])))
+        strings = isinstance(classes, list) and all(isinstance(label, str) for label in classes)
+        if not strings or len(classes) != head.num_classes:
             raise CheckpointError(message(where, "classes", f"a list of {head.num_classes} names", repr(classes)))
         return PredictedModel(
             network,
@@ -255,7 +275,7 @@ def load(path: str | os.PathLike[str], target: nn.Module | None = None) -> Predi
             target_name=name,
             report=config["report"],
         )
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RuntimeError) as error:
         got = f"{str(path)!r} ({one_line(error)})"
         hint = "It was made for another target network or another version."
         raise CheckpointError(message(where, "path", "a model that fits", got, hint)) from error
@@ -427,8 +447,11 @@ class Predictor:
         seed: int = 0,
         split: str = "train",
         classes: Sequence[str] | None = None,
+        cancel: Token | None = None,
     ) -> PredictedModel:
         """Predict a classifier for a dataset: read, sketch, weights, BatchNorm statistics, head.
+
+        Where memory runs out, images are read in halves, quarters and so on. Several threads may predict at once.
 
         Args:
             images: a folder with one sub-folder per class, an ``.npz`` file, uint8 images ``[n, H, W, C]`` (array or
@@ -441,14 +464,16 @@ class Predictor:
             seed: of everything random.
             split: which part of a source that has several.
             classes: class names in label order; None for those of the source.
+            cancel: a ``threading.Event`` or alike; looked at between stages and between batches of images.
 
         Raises:
             InputError: bad images or labels (see ``pudnet.data.open_images``), or an unknown head or policy.
+            Cancelled: ``cancel`` was set.
         """
         where = "Predictor.predict"
         _check_choices(where, head, batchnorm)
         _require(sketch, (Sketch, type(None)), where, "sketch", "Make one with predictor.sketch(images, labels).")
-        source, sample, clock = self._sample(images, labels, sketch_size, seed, split, classes)
+        source, sample, clock = self._sample(images, labels, sketch_size, seed, split, classes, cancel)
         seen = sample if sketch is None else sketch
         with clock.stage("weights"):
             network = self.net.materialise(self.generate(seen))
@@ -464,44 +489,115 @@ class Predictor:
         sketch_size: int = SKETCH_SIZE,
         seed: int = 0,
         split: str = "train",
+        cancel: Token | None = None,
     ) -> list[PredictedModel]:
         """Predict a classifier for each of several datasets; all weights are generated in one pass.
 
+        A dataset that fails does not disturb the others. Where memory runs out, the pass is made in halves.
+
         Args:
             datasets: each what ``predict`` takes: a folder, a file, a ``Dataset``, or a pair ``(images, labels)``.
-            head, batchnorm, sketch_size, seed, split: as for ``predict``, the same for all.
+            head, batchnorm, sketch_size, seed, split, cancel: as for ``predict``, the same for all.
 
         Returns:
             One model for each; its ``report["seconds"]["weights"]`` is its share of the common pass.
 
         Raises:
-            InputError: no datasets, or a bad one; nothing is predicted then.
+            InputError: no datasets, or an unknown head or policy.
+            DatasetErrors: some failed, which its ``exceptions`` tell; its ``results`` has the models of the others.
+            Cancelled: ``cancel`` was set.
         """
         where = "Predictor.predict_batch"
         _check_choices(where, head, batchnorm)
-        if not isinstance(datasets, (list, tuple)) or not datasets:
-            raise InputError(message(where, "datasets", "a list of at least one", type(datasets).__name__))
-        pairs = [one if isinstance(one, tuple) and len(one) == 2 else (one, None) for one in datasets]
-        sampled = [self._sample(images, labels, sketch_size, seed, split, None) for images, labels in pairs]
-        start = time.perf_counter()
-        weights = self.generate([sample for _, sample, _ in sampled])  # {name: [B, O, I, kH, kW]}
-        share = (time.perf_counter() - start) / len(sampled)
-        models = []
-        for number, (source, sample, clock) in enumerate(sampled):
+        pairs = _pairs(where, datasets)
+
+        def sampled(pair: tuple[Any, Any]) -> tuple[ImageSource, Sketch, StageClock]:
+            return self._sample(*pair, sketch_size, seed, split, None, cancel)
+
+        def finished(ready: tuple[ImageSource, Sketch, StageClock], weights: dict[str, Tensor]) -> PredictedModel:
+            source, sample, clock = ready
             clock.seconds["weights"] += share
-            network = self.net.materialise({name: several[number] for name, several in weights.items()})
+            network = self.net.materialise(weights)
             model = self._finish(network, source, sample, sample, head, batchnorm, seed, clock)
             seconds = model.report["seconds"]
             seconds["total"] = sum(seconds[stage] for stage in STAGES)  # the clock also saw the other datasets
-            models.append(model)
-        return models
+            return model
+
+        ready = [attempt(sampled, pair) for pair in pairs]
+        sketches = [one[1] for one in ready if not isinstance(one, Exception)]
+        start = time.perf_counter()
+        parts = list(Halves().run(self.generate, sketches)) if sketches else []  # {name: [b, O, I, kH, kW]}, b
+        share = (time.perf_counter() - start) / max(1, len(sketches))
+        weights = ({name: several[row] for name, several in part.items()} for part, b in parts for row in range(b))
+        results = [one if isinstance(one, Exception) else attempt(finished, one, next(weights)) for one in ready]
+        return all_or_errors(where, results)
+
+    def predict_many(
+        self,
+        datasets: Sequence[Any],
+        *,
+        workers: int = 4,
+        head: str = "ridge",
+        batchnorm: str = "calibrated",
+        sketch_size: int = SKETCH_SIZE,
+        seed: int = 0,
+        split: str = "train",
+        timeout: float | None = None,
+        cancel: Token | None = None,
+        on_result: Callable[[int, PredictedModel | Exception], None] | None = None,
+    ) -> list[PredictedModel]:
+        """Predict a classifier for each of many datasets, several at a time in threads.
+
+        A dataset that fails or is slow does not disturb the others.
+
+        Args:
+            datasets: each what ``predict`` takes: a folder, a file, a ``Dataset``, or a pair ``(images, labels)``.
+            workers: how many at a time; with ``OMP_NUM_THREADS=1`` as many as there are cores.
+            head, batchnorm, sketch_size, seed, split: as for ``predict``, the same for all.
+            timeout: seconds for each dataset. One that takes longer fails with Cancelled at the next batch of images;
+                a read that never returns cannot be ended.
+            cancel: a ``threading.Event`` or alike, looked at between stages and between batches of images.
+            on_result: called in the calling thread with (position, model or error) as each is ready.
+
+        Returns:
+            One model for each, in order; equal to those of ``predict``.
+
+        Raises:
+            InputError: no datasets, no workers, or an unknown head or policy.
+            DatasetErrors: some failed, which its ``exceptions`` tell; its ``results`` has the models of the others.
+            Cancelled: ``cancel`` was set.
+        """
+        where = "Predictor.predict_many"
+        _check_choices(where, head, batchnorm)
+        if workers < 1:
+            raise InputError(message(where, "workers", "at least 1", workers))
+
+        def predicted(pair: tuple[Any, Any], token: Token) -> PredictedModel:
+            return self.predict(
+                *pair, head=head, batchnorm=batchnorm, sketch_size=sketch_size, seed=seed, split=split, cancel=token
+            )
+
+        results = in_threads(
+            predicted, _pairs(where, datasets), workers,
+            where=where, timeout=timeout, cancel=cancel, on_result=on_result,
+        )  # fmt: skip
+        return all_or_errors(where, results)
 
     def _sample(
-        self, images: Any, labels: Any, size: int, seed: int, split: str, classes: Sequence[str] | None
+        self,
+        images: Any,
+        labels: Any,
+        size: int,
+        seed: int,
+        split: str,
+        classes: Sequence[str] | None,
+        cancel: Token | None,
     ) -> tuple[ImageSource, Sketch, StageClock]:
         """Open a dataset and draw its sketch."""
-        clock = StageClock(self.device)
+        clock = StageClock(self.device, cancel)
         with clock.stage("reading"):
+            if cancel is not None and labels is None and not isinstance(images, (str, os.PathLike, np.ndarray, Tensor)):
+                images = Watched(images, clock.check)
             source = open_images(images, labels, size=self.net.config.image_size, split=split, classes=classes)
         builder = SketchBuilder(size, seed=seed)
         for batch, batch_labels in clock.iterate("reading", source):
@@ -539,6 +635,13 @@ class Predictor:
         return model
 
 
+def _pairs(where: str, datasets: Any) -> list[tuple[Any, Any]]:
+    """(images, labels) of each dataset."""
+    if not isinstance(datasets, (list, tuple)) or not datasets:
+        raise InputError(message(where, "datasets", "a list of at least one", type(datasets).__name__))
+    return [one if isinstance(one, tuple) and len(one) == 2 else (one, None) for one in datasets]
+
+
 def _check_choices(where: str, head: str, batchnorm: str) -> None:
     check_head(head)
     if batchnorm not in POLICIES:
@@ -572,15 +675,22 @@ def finish(
     def prepared(images: Tensor) -> Tensor:
         return preprocess.normalise(images.to(device)).contiguous(memory_format=torch.channels_last)
 
+    def maps_of(piece: Tensor) -> list[Tensor]:
+        clock.check()
+        return feature_maps(network, prepared(piece))
+
+    halves = Halves(batchnorm != "batch")
+
     def mapped() -> Iterator[tuple[list[Tensor], Tensor]]:
-        for images, labels in clock.iterate("reading", _ordered(source, batchnorm, seed)):
+        for images, labels in clock.iterate("reading", ordered(source, batchnorm, seed)):
             done = 0
             for piece in _pieces(images, batchnorm, device):
-                yield feature_maps(network, prepared(piece)), labels[done : done + len(piece)]
-                done += len(piece)
+                for maps, count in halves.run(maps_of, piece):
+                    yield maps, labels[done : done + count]
+                    done += count
 
     with clock.stage("calibration"):
-        set_policy(network, batchnorm, prepared(preprocess.resize(sketch.images)), seed=seed)
+        calibrated_on = _set_policy(network, batchnorm, prepared(preprocess.resize(sketch.images)), seed)
     with clock.stage("head"):
         fitted = fit_head(head, mapped(), len(source.classes), seed=seed)
     model = PredictedModel(network, fitted, preprocess, source.classes, batchnorm=batchnorm)
@@ -591,14 +701,38 @@ def finish(
         "n": sum(source.counts or ()),
         "class_counts": dict(zip(source.classes, source.counts or (), strict=True)),
         "skipped": [list(entry) for entry in source.skipped],
-        "warnings": list(source.warnings),
+        "warnings": [*source.warnings, *_memory_warnings(calibrated_on, halves.limit)],
         "head": {"name": head, **fitted.info},
         "batchnorm": batchnorm,
     }
     return model
 
 
-def _ordered(source: ImageSource, batchnorm: str, seed: int) -> Iterable[tuple[Tensor, Tensor]]:
+def _set_policy(network: nn.Module, batchnorm: str, images: Tensor, seed: int) -> int | None:
+    """``set_policy``; where memory runs out, in smaller batches, whose size is returned."""
+    size = most = min(BATCH_SIZE, len(images))
+    while True:
+        try:
+            set_policy(network, batchnorm, images, batch_size=size, seed=seed)
+        except Exception as error:
+            if not is_out_of_memory(error) or size <= CPU_BATCH:
+                raise
+        else:
+            return None if size == most else size
+        size //= 2
+
+
+def _memory_warnings(calibrated_on: int | None, read: int | None) -> list[str]:
+    """What a report says where memory ran out."""
+    found = []
+    if calibrated_on is not None:
+        found.append(f"memory ran out: BatchNorm is calibrated on batches of {calibrated_on} images")
+    if read is not None:
+        found.append(f"memory ran out: {read} images were read at a time")
+    return found
+
+
+def ordered(source: ImageSource, batchnorm: str, seed: int) -> Iterable[tuple[Tensor, Tensor]]:
     """Batches of ``source``, in a random order where batches share statistics: one of a single class would leak it."""
     if batchnorm != "batch":
         return source

@@ -15,7 +15,18 @@ BASE = {"errors", "files", "_version"}
 OPS = {"ops", "backends", "_extension", "specs"} | BASE
 DATA = {"data", "sketch"} | BASE | {"ops"}
 MODELS = {"nn", "models", "bind", "targets", "graphs", "checkpoint", "batchnorm"} | OPS | DATA
-USERS = {"predictor", "optimised", "heads", "features", "training", "evaluation", "interop", "demo", "info"} | MODELS
+USERS = {
+    "predictor",
+    "serving",
+    "optimised",
+    "heads",
+    "features",
+    "training",
+    "evaluation",
+    "interop",
+    "demo",
+    "info",
+} | MODELS
 
 # Each part of pudnet/ (a module, or a folder and all in it), and the parts it may import.
 ALLOWED = {
@@ -39,6 +50,7 @@ ALLOWED = {
     "models": MODELS,
     "optimised": MODELS,
     "interop": MODELS,
+    "serving": {"data", "errors"},
     "predictor": USERS - {"training", "evaluation", "demo"},
     "training": USERS - {"evaluation", "demo"},
     "evaluation": USERS - {"training"},

@@ -104,7 +104,7 @@ def open_images(
     class_names = _dataset_classes(source)
     if labels is not None:
         source = _pairs(source, labels)
-    return StreamSource(_items(source), class_names, names, preprocess, batch_size, cache_bytes)
+    return StreamSource(items_of(source), class_names, names, preprocess, batch_size, cache_bytes)
 
 
 class ArraySource(ImageSource):
@@ -293,7 +293,7 @@ def _pairs(images: Any, labels: Any) -> Iterator[tuple[Any, Any]]:
     return zip((images[index] for index in range(len(images))), values.tolist(), strict=True)
 
 
-def _items(source: Any) -> Iterable[Any]:
+def items_of(source: Any) -> Iterable[Any]:
     """Iterate an iterable, or a map-style dataset by its indices."""
     if isinstance(source, (dict, bytes)):
         raise InputError(message(WHERE, "source", KINDS, type(source).__name__))
