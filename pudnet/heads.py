@@ -15,14 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError, message
+from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError, message, one_line
 from pudnet.features import Layers, pool_features
 
 Batch = tuple[Sequence[Tensor], Tensor]  # feature maps, labels [b]
@@ -129,42 +128,156 @@ class RidgeLastHead(RidgeHead):
 HEADS: dict[str, type[Head]] = {"cosine": CosineHead, "ridge": RidgeHead, "ridge-last": RidgeLastHead}
 
 
-# Heads are used with autograd after they are fitted, so their tensors must not be inference tensors.
-@torch.inference_mode(False)
-@torch.no_grad()
-def fit_head(name: str, batches: Iterable[Batch], num_classes: int, *, seed: int = 0, loo_rows: int = LOO_ROWS) -> Head:
-    """Fit a head in one pass over ``batches``.
+class HeadFitter:
+    """A head in the making: it remembers of the images what it needs to take more of them, and more classes.
 
     Up to max(F, ``loo_rows``) images the pooled features are kept and every image takes part in the leave-one-out
-    estimate. Beyond that the Gram matrix is accumulated, and a random sample of ``loo_rows`` images, kept on the way,
-    takes part; memory is O(F^2 + F K) however many images there are.
-
-    An image that is alone in its class cannot be classified right when it is left out. It counts as an error in the
-    expected accuracy, and not at all in the temperature.
+    estimate. Beyond that the Gram matrix is accumulated, and a random sample of that many images, kept on the way,
+    takes part; memory is O(F^2 + F K) however many images there are. (The cosine head only ever needs class sums and
+    ``loo_rows`` images.)
 
     Args:
         name: one of ``HEADS``: ``"cosine"``, ``"ridge"``, ``"ridge-last"``.
-        batches: (feature maps, integer labels ``[b]``) in any order and of any size; read once.
-        num_classes: K; every class must have at least one image.
+        num_classes: K, at least 2 when it is fitted.
         seed: of the sample for the leave-one-out estimate.
         loo_rows: size of that sample.
 
     Raises:
-        InputError: unknown name, fewer than two classes, a class without images, a label outside 0..K-1, features that
-            are not finite. ShapeError, DtypeError: labels or maps of a wrong shape or type.
+        InputError: an unknown name, fewer than two classes, or ``loo_rows`` below 2.
     """
-    check_head(name)
-    if num_classes < 2:
-        raise InputError(message("fit_head", "num_classes", "at least 2", num_classes))
-    if loo_rows < 2:
-        raise InputError(message("fit_head", "loo_rows", "at least 2", loo_rows))
-    chunks = _pooled_chunks(batches, HEADS[name], num_classes)
-    first = next(chunks, None)
-    if first is None:
-        raise InputError(message("fit_head", "batches", "at least one image", "none"))
-    fit = _fit_cosine if name == "cosine" else _fit_ridge
-    fitted = fit(first[0], chain([first], chunks), num_classes, seed, loo_rows)
 
+    def __init__(self, name: str, num_classes: int, *, seed: int = 0, loo_rows: int = LOO_ROWS) -> None:
+        check_head(name)
+        if num_classes < 2:
+            raise InputError(message("fit_head", "num_classes", "at least 2", num_classes))
+        if loo_rows < 2:
+            raise InputError(message("fit_head", "loo_rows", "at least 2", loo_rows))
+        self.name, self.num_classes, self.seed, self.loo_rows = name, num_classes, seed, loo_rows
+        self._sample: _Reservoir | None = None
+        self._whole: ClassSums | None = None  # of the ridge heads: once there are more images than are kept
+
+    # Heads are used with autograd after they are fitted, so their tensors must not be inference tensors.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def add(self, batches: Iterable[Batch]) -> None:
+        """Add images: (feature maps, integer labels ``[b]``), in any order and batches of any size; read once.
+
+        Raises:
+            InputError: a label outside 0..K-1, features that are not finite. ShapeError, DtypeError: labels or maps of
+                a wrong shape or type.
+        """
+        width = None if self._sample is None else self._sample.width
+        for features, labels in _pooled_chunks(batches, HEADS[self.name], self.num_classes, width):
+            if self._sample is None:
+                kept = self.loo_rows if self.name == "cosine" else max(features.shape[1], self.loo_rows)
+                self._sample = _Reservoir(kept, self.seed)
+                if self.name == "cosine":
+                    self._whole = ClassSums(features.shape[1], self.num_classes, features.device)
+            if self._whole is None and self._sample.seen + len(labels) > self._sample.capacity:
+                self._whole = _accumulate(self._sample, features.shape[1], self.num_classes, features.device)
+            if self._whole is not None:
+                self._whole.update(features, labels)
+            self._sample.add(features, labels)
+
+    def add_classes(self, count: int) -> None:
+        """Make room for ``count`` more classes, labelled after the present ones."""
+        self.num_classes += count
+        if self._whole is not None:
+            self._whole.add_classes(count)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def fit(self) -> Head:
+        """The head of all images so far; more may be added afterwards.
+
+        An image that is alone in its class cannot be classified right when it is left out. It counts as an error in
+        the expected accuracy, and not at all in the temperature.
+
+        Raises:
+            InputError: there are no images, or none of some class.
+        """
+        if self._sample is None:
+            raise InputError(message("fit_head", "batches", "at least one image", "none"))
+        x, y = self._sample.rows()
+        if self.name == "cosine":
+            assert self._whole is not None
+            fitted = _fit_cosine(self._whole, x, y)
+        else:
+            if self._whole is None and self._sample.seen > x.shape[1]:
+                self._whole = _accumulate(self._sample, x.shape[1], self.num_classes, x.device)
+            assert self._whole is None or isinstance(self._whole, RidgeAccumulator)
+            fitted = _fit_ridge(self._whole, x, y, self.num_classes, self.seed, self.loo_rows)
+        return _calibrated(self.name, fitted)
+
+    def to(self, device: torch.device) -> HeadFitter:
+        """Move to ``device``; returns itself."""
+        if self._sample is not None:
+            x, y = self._sample.rows()
+            self._sample.replace(x.to(device), y.to(device))
+        if self._whole is not None:
+            vars(self._whole).update({name: tensor.to(device) for name, tensor in vars(self._whole).items()})
+        return self
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What :meth:`from_state` needs: a JSON-able part and tensors (copies).
+
+        Raises:
+            InputError: there are no images yet.
+        """
+        if self._sample is None:
+            raise InputError(message("HeadFitter.state", "images", "added before saving", "none"))
+        x, y = self._sample.rows()
+        config = {"seed": self.seed, "loo_rows": self.loo_rows, "seen": self._sample.seen}
+        tensors = {"rows": x, "labels": y, "random": self._sample.random}
+        tensors |= vars(self._whole) if self._whole is not None else {}
+        return config, {name: tensor.clone() for name, tensor in tensors.items()}
+
+    @classmethod
+    def from_state(cls, name: str, num_classes: int, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """The fitter that :meth:`state` described.
+
+        Raises:
+            CheckpointError: an entry or tensor is missing, unknown, or does not fit.
+        """
+        where = "HeadFitter.from_state"
+        try:
+            fitter = cls(name, num_classes, seed=config["seed"], loo_rows=config["loo_rows"])
+            rows, labels = tensors["rows"], tensors["labels"]
+            m, width = rows.shape
+            kind = ClassSums if name == "cosine" else RidgeAccumulator
+            whole = kind(width, num_classes) if "counts" in tensors else None
+            likes = {"rows": rows.float(), "labels": torch.empty(m).long(), "random": torch.Generator().get_state()}
+            likes |= vars(whole) if whole is not None else {}
+            shapes = {key: (list(like.shape), like.dtype) for key, like in likes.items()}
+            got = {key: (list(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+            if shapes != got:
+                raise CheckpointError(message(where, "tensors", f"of the shapes {shapes}", got))
+            _check_rows(where, rows, labels, num_classes)
+            fitter._sample = sample = _Reservoir(max(m, fitter.loo_rows), fitter.seed)
+            if name != "cosine":
+                sample.capacity = max(width, fitter.loo_rows)
+            sample.replace(rows, labels)
+            sample.seen, sample.random = config["seen"], tensors["random"]
+            torch.Generator().set_state(sample.random)
+            if not isinstance(sample.seen, int) or min(sample.seen, sample.capacity) != m:
+                raise CheckpointError(message(where, "seen", f"at least the {m} rows kept", sample.seen))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(message(where, "state", "one that HeadFitter.state made", one_line(error))) from error
+        if whole is not None:
+            vars(whole).update({key: tensors[key] for key in vars(whole)})
+            fitter._whole = whole
+        return fitter
+
+
+def fit_head(name: str, batches: Iterable[Batch], num_classes: int, *, seed: int = 0, loo_rows: int = LOO_ROWS) -> Head:
+    """Fit a head in one pass over ``batches``: :class:`HeadFitter`, which says more, in one call."""
+    fitter = HeadFitter(name, num_classes, seed=seed, loo_rows=loo_rows)
+    fitter.add(batches)
+    return fitter.fit()
+
+
+def _calibrated(name: str, fitted: _Fit) -> Head:
+    """The head of a fit, its temperature and expected accuracy taken from the leave-one-out scores."""
     counts = fitted.counts
     repeated = counts[fitted.loo_labels] > 1  # [m]
     temperature, nll = fit_temperature(fitted.loo_scores[repeated], fitted.loo_labels[repeated])
@@ -223,15 +336,21 @@ class _Fit:
 # ---- reading ----------------------------------------------------------------------------------------------------
 
 
-def _pooled_chunks(batches: Iterable[Batch], head: type[Head], num_classes: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Checked batches, pooled to float32 features [c, F] and labels [c], joined to chunks of CHUNK_ROWS or more."""
+def _pooled_chunks(
+    batches: Iterable[Batch], head: type[Head], num_classes: int, width: int | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Checked batches, pooled to float32 features [c, F] and labels [c], joined to chunks of CHUNK_ROWS or more.
+
+    ``width`` is the F there has to be; None for that of the first batch.
+    """
     pending: list[tuple[Tensor, Tensor]] = []
     rows = 0
     for maps, labels in batches:
         features = pool_features(maps, head.layers, spread=head.spread).to(torch.float32)
         _check_rows("fit_head", features, labels, num_classes)
-        if pending and features.shape[1] != pending[0][0].shape[1]:
-            rule = f"as wide as the earlier batches' ({pending[0][0].shape[1]} features)"
+        width = width or features.shape[1]
+        if features.shape[1] != width:
+            rule = f"as wide as the earlier batches' ({width} features)"
             raise ShapeError(message("fit_head", "batches", rule, features.shape[1]))
         pending.append((features, labels.to(features.device, torch.long)))
         rows += len(features)
@@ -267,8 +386,17 @@ class _Reservoir:
     def __init__(self, capacity: int, seed: int) -> None:
         self.capacity = capacity
         self.seen = 0
+        self.random = torch.Generator().manual_seed(seed).get_state()
         self._parts: list[tuple[Tensor, Tensor]] = []
-        self._generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def width(self) -> int:
+        """F, of the rows so far."""
+        return self._parts[0][0].shape[1]
+
+    def replace(self, features: Tensor, labels: Tensor) -> None:
+        """Exchange the rows that are kept: features ``[m, F]``, labels ``[m]``."""
+        self._parts = [(features, labels)]
 
     def add(self, features: Tensor, labels: Tensor) -> None:
         """Add rows: features ``[b, F]``, labels ``[b]``."""
@@ -284,7 +412,10 @@ class _Reservoir:
         kept_features, kept_labels = self._parts[0]
         # Row number t (from 0) replaces a random one of t + 1 places, if that place is among those kept.
         late = torch.arange(max(before, self.capacity), self.seen)
-        draws = torch.rand(len(late), generator=self._generator, dtype=torch.float64)
+        generator = torch.Generator()
+        generator.set_state(self.random)
+        draws = torch.rand(len(late), generator=generator, dtype=torch.float64)
+        self.random = generator.get_state()
         places = (draws * (late + 1)).long().tolist()
         taken = {place: row - before for place, row in zip(places, late.tolist(), strict=True) if place < self.capacity}
         if taken:  # of two rows for one place the later stays
@@ -308,21 +439,32 @@ def _require_every_class(counts: Tensor) -> None:
 # ---- cosine -----------------------------------------------------------------------------------------------------
 
 
-def _fit_cosine(
-    first: Tensor, chunks: Iterable[tuple[Tensor, Tensor]], num_classes: int, seed: int, loo_rows: int
-) -> _Fit:
-    """Class means of unit features; an image is left out by taking it off its class's sum."""
-    sample = _Reservoir(loo_rows, seed)
-    counts = torch.zeros(num_classes, dtype=torch.long, device=first.device)
-    sums = torch.zeros(num_classes, first.shape[1], dtype=torch.float64, device=first.device)
-    for features, labels in chunks:
-        counts += torch.bincount(labels, minlength=num_classes)
-        sums.index_add_(0, labels, features.double())
-        sample.add(features, labels)
+class ClassSums:
+    """Images per class ``counts [K]`` and sums of their features ``sums [K, F]``, in float64."""
+
+    def __init__(self, features: int, num_classes: int, device: torch.device | str | None = None) -> None:
+        self.counts = torch.zeros(num_classes, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(num_classes, features, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def update(self, features: Tensor, labels: Tensor) -> None:
+        """Add images: features ``[b, F]``, labels ``[b]``."""
+        self.counts += torch.bincount(labels, minlength=len(self.counts))
+        self.sums.index_add_(0, labels, features.double())
+
+    def add_classes(self, count: int) -> None:
+        """Make room for ``count`` more classes, labelled after the present ones."""
+        if count < 0:
+            raise InputError(message(type(self).__name__, "count", "at least 0", count))
+        self.counts = torch.cat([self.counts, self.counts.new_zeros(count)])
+        self.sums = torch.cat([self.sums, self.sums.new_zeros(count, self.sums.shape[1])])
+
+
+def _fit_cosine(whole: ClassSums, x: Tensor, y: Tensor) -> _Fit:
+    """Class means of unit features; each row of ``x [m, F]`` is left out by taking it off its class's sum."""
+    counts, sums = whole.counts.long(), whole.sums
     _require_every_class(counts)
     means = F.normalize(sums, dim=1)  # [K, F]
-
-    x, y = sample.rows()  # [m, F], [m]
     x = x.double()
     scores = x @ means.T  # [m, K]
     own_score = (x * F.normalize(sums[y] - x, dim=1)).sum(1)
@@ -335,7 +477,7 @@ def _fit_cosine(
 # ---- ridge ------------------------------------------------------------------------------------------------------
 
 
-class RidgeAccumulator:
+class RidgeAccumulator(ClassSums):
     """Everything ridge regression needs to know of a set of images: class counts, class sums and scatter matrix.
 
     Images can be added batch by batch, classes can be added, and accumulators of different shards merge into that of
@@ -347,8 +489,7 @@ class RidgeAccumulator:
     """
 
     def __init__(self, features: int, num_classes: int, device: torch.device | str | None = None) -> None:
-        self.counts = torch.zeros(num_classes, dtype=torch.float64, device=device)
-        self.sums = torch.zeros(num_classes, features, dtype=torch.float64, device=device)
+        super().__init__(features, num_classes, device)
         self.scatter = torch.zeros(features, features, dtype=torch.float64, device=device)
 
     @property
@@ -389,13 +530,6 @@ class RidgeAccumulator:
             raise ShapeError(message("RidgeAccumulator", "other", rule, got))
         if other.images:
             self._add(other.counts, other.sums, lambda i, j: other.scatter[i:j, :j])
-
-    def add_classes(self, count: int) -> None:
-        """Make room for ``count`` more classes, labelled after the present ones."""
-        if count < 0:
-            raise InputError(message("RidgeAccumulator", "count", "at least 0", count))
-        self.counts = torch.cat([self.counts, self.counts.new_zeros(count)])
-        self.sums = torch.cat([self.sums, self.sums.new_zeros(count, self.sums.shape[1])])
 
     @torch.no_grad()
     def solve(self, lam: float) -> tuple[Tensor, Tensor]:
@@ -455,21 +589,9 @@ class _Solution:
 
 
 def _fit_ridge(
-    first: Tensor, chunks: Iterable[tuple[Tensor, Tensor]], num_classes: int, seed: int, loo_rows: int
+    whole: RidgeAccumulator | None, x: Tensor, y: Tensor, num_classes: int, seed: int, loo_rows: int
 ) -> _Fit:
-    """Few images: n x n kernel, exact leave-one-out of all. Many: F x F scatter, leave-one-out of a sample."""
-    width = first.shape[1]
-    sample = _Reservoir(max(width, loo_rows), seed)
-    whole: RidgeAccumulator | None = None
-    for features, labels in chunks:
-        if whole is None and sample.seen + len(labels) > sample.capacity:
-            whole = _accumulate(sample, width, num_classes, first.device)
-        if whole is not None:
-            whole.update(features, labels)
-        sample.add(features, labels)
-    if whole is None and sample.seen > width:
-        whole = _accumulate(sample, width, num_classes, first.device)
-    x, y = sample.rows()
+    """Few images: n x n kernel, exact leave-one-out of all. Many: F x F scatter, leave-one-out of a sample of ``x``."""
     counts = torch.bincount(y, minlength=num_classes) if whole is None else whole.counts.long()
     _require_every_class(counts)
 

@@ -14,6 +14,7 @@ from pudnet.features import pool_features
 from pudnet.heads import (
     HEADS,
     Head,
+    HeadFitter,
     RidgeAccumulator,
     _best_lambda,
     _dual_solver,
@@ -444,3 +445,68 @@ def test_reservoir_is_uniform_over_ordered_batches() -> None:
         counts[y] += 1
     expected = 400 * 12 / 60
     assert ((counts - expected).square() / expected).sum() < 105  # chi-square, 59 degrees: 1 in 5,000 above 105
+
+
+# ---- images and classes added later ------------------------------------------------------------------------------
+
+
+@ALL
+@pytest.mark.parametrize("rows", [2, 2048])  # a sample of the images, or all of them
+def test_a_head_that_grows_is_the_head_of_all_images_at_once(name: str, rows: int) -> None:
+    maps, y = data(240, 4, 20)
+    order = torch.argsort(y, stable=True)  # the last classes come last
+    maps, y = [m[order] for m in maps], y[order]
+    fitter = HeadFitter(name, 2, loo_rows=rows)
+    fitter.add([([m[:70] for m in maps], y[:70])])
+    fitter.fit()
+    fitter.add([([m[70:120] for m in maps], y[70:120])])
+    config, tensors = fitter.state()
+    again = HeadFitter.from_state(name, 2, json.loads(json.dumps(config)), tensors)
+    for grown in (fitter, again):
+        grown.add_classes(2)
+        grown.add(batched([m[120:] for m in maps], y[120:], 50))
+    wanted = fit_head(name, [(maps, y)], 4, loo_rows=rows)
+    for head in (fitter.fit(), again.fit()):
+        assert head.info["images"] == 240 and head.num_classes == 4
+        torch.testing.assert_close(head.weight, wanted.weight, rtol=1e-4, atol=1e-6)
+        assert head.expected_accuracy == pytest.approx(wanted.expected_accuracy, abs=1e-12)
+        assert head.info["temperature"] == pytest.approx(wanted.info["temperature"], rel=1e-4)
+
+
+def test_a_head_that_grows_keeps_what_it_had_when_something_is_refused() -> None:
+    maps, y = data(30, 3, 5)
+    fitter = HeadFitter("ridge", 3)
+    with pytest.raises(InputError, match="at least one image"):
+        fitter.fit()
+    with pytest.raises(InputError, match="before saving"):
+        fitter.state()
+    fitter.add([(maps, y)])
+    with pytest.raises(ShapeError, match="as wide as"):
+        fitter.add([([m[:, :3] for m in maps], y)])
+    with pytest.raises(InputError, match=r"within 0\.\.2"):
+        fitter.add([(maps, y + 1)])
+    fitter.add_classes(1)
+    with pytest.raises(InputError, match="label 3"):
+        fitter.fit()
+
+
+def test_a_damaged_state_is_a_checkpoint_error() -> None:
+    maps, y = data(30, 3, 5)
+    fitter = HeadFitter("ridge", 3)
+    fitter.add([(maps, y)])
+    config, tensors = fitter.state()
+    for wrong_config, wrong_tensors in (
+        ({}, tensors),
+        ({**config, "seen": 7}, tensors),
+        ({**config, "seen": "all"}, tensors),
+        ({**config, "seed": "x"}, tensors),
+        (config, {}),
+        (config, {**tensors, "rows": tensors["rows"][0]}),
+        (config, {**tensors, "rows": tensors["rows"] / 0}),
+        (config, {**tensors, "labels": tensors["labels"] + 1}),
+        (config, {**tensors, "random": tensors["random"][:9]}),
+        (config, {**tensors, "random": torch.zeros_like(tensors["random"])}),
+        (config, {**tensors, "scatter": torch.zeros(2, 2)}),
+    ):
+        with pytest.raises(CheckpointError):
+            HeadFitter.from_state("ridge", 3, wrong_config, wrong_tensors)
