@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pudnet.directions import RANK_TOLERANCE, normalising_by_batch
 from pudnet.errors import InputError, ShapeError, message
 from pudnet.specs import GENERATED_MODULES
 
 MOST_PATCHES = 32_768  # per layer; more no longer move the leading components
-RANK_TOLERANCE = 1e-5  # a component with a smaller share of the largest variance is numerical noise
 
 
 def random_weights(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -64,7 +64,7 @@ def pca_weights(module: nn.Module, images: Tensor, *, seed: int = 0) -> nn.Modul
     where = "pca_weights"
     if images.dim() != 4 or len(images) < 2:
         raise ShapeError(message(where, "images", "[n, 3, H, W] with n of at least 2", list(images.shape)))
-    network = random_weights(module, seed).eval()
+    network = random_weights(module, seed)
     convolutions = [child for child in network.modules() if isinstance(child, nn.Conv2d)]
     if not convolutions or any(isinstance(child, nn.ConvTranspose2d) for child in network.modules()):
         rule = "a network of ordinary 2-D convolutions"
@@ -77,21 +77,14 @@ def pca_weights(module: nn.Module, images: Tensor, *, seed: int = 0) -> nn.Modul
             made.add(conv)
             conv.weight.copy_(_pca_kernels(conv, inputs[0], generator))
 
-    norms = [child for child in network.modules() if isinstance(child, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
     handles = [conv.register_forward_pre_hook(make) for conv in convolutions]
     try:
-        for norm in norms:
-            norm.train()
-            norm.momentum = 1.0  # one pass leaves exactly its own statistics
-        with torch.no_grad():
+        with torch.no_grad(), normalising_by_batch(network):
             network(images)
     finally:
         for handle in handles:
             handle.remove()
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-    return network.eval()
+    return network
 
 
 def _pca_kernels(conv: nn.Conv2d, x: Tensor, generator: torch.Generator) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pudnet.data import Preprocess
 from pudnet.data.source import open_images
+from pudnet.directions import SHRINKAGE, fisher_directions, insert_directions
 from pudnet.evaluation.baselines import pca_weights, random_weights
 from pudnet.evaluation.peers import ITERATIONS, TREES, fit_pixels
 from pudnet.evaluation.scratch import FINE_TUNING_LR, accuracy, fine_tune, scratch_settings, train_from_scratch
@@ -174,6 +175,26 @@ def _predicted_from_noise(bench: Bench, task: Task, sketch: Sketch) -> nn.Module
         return bench.predictor.net.materialise(bench.predictor.net.generate(noise))
 
 
+def _with_fisher(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
+    """Predicted weights, but half of the last convolution's kernels Fisher directions of the sketch's activations."""
+    with torch.no_grad():
+        network = bench.predictor.net.materialise(bench.predictor.net.generate(sketch))
+    last = [child for child in network.modules() if isinstance(child, nn.Conv2d)][-1]
+    images, labels = bench.preprocess(sketch.images), sketch.labels
+    assert labels is not None  # the tasks have some
+    insert_directions(
+        network,
+        images,
+        {last: last.out_channels // 4},
+        lambda x, count, size: fisher_directions(x, labels, count, size),
+    )
+    return network
+
+
+def _with_fisher_of_other(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
+    return _with_fisher(bench, task, _other_sketch(bench, task))
+
+
 def _other_sketch(bench: Bench, task: Task) -> Sketch:
     assert task.other is not None  # rows that need one are left out without
     return bench.predictor.sketch(task.other.images, task.other.labels, seed=task.seed)
@@ -271,6 +292,11 @@ ROWS: dict[str, Row] = {
             _finished(_predicted_from_other, "ridge"), uses_checkpoint=True, needs_other=True),
         Row("predicted-ridge-noise", "predicted from a sketch of noise, ridge",
             _finished(_predicted_from_noise, "ridge"), uses_checkpoint=True),
+        Row("fisher-ridge", "predicted weights, half the last layer Fisher directions, ridge",
+            _finished(_with_fisher, "ridge"), uses_checkpoint=True, settings=f"shrinkage={SHRINKAGE}"),
+        Row("fisher-ridge-other", "the same with another dataset's sketch",
+            _finished(_with_fisher_of_other, "ridge"), uses_checkpoint=True, needs_other=True,
+            settings=f"shrinkage={SHRINKAGE}"),
         Row("random-cosine", "random weights, cosine", _finished(_random, "cosine")),
         Row("random-ridge", "random weights, ridge", _finished(_random, "ridge")),
         Row("pca-ridge", "PCA kernels of the dataset, ridge", _finished(_pca, "ridge")),

@@ -1,0 +1,85 @@
+"""Directions of a dataset's patches: what they are, and how they get into a network."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pudnet.directions import fisher_directions, insert_directions, principal_directions
+from pudnet.errors import InputError, ShapeError
+
+
+def images(n: int = 40, channels: int = 2, side: int = 7, seed: int = 0) -> Tensor:
+    return torch.randn(n, channels, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def test_principal_directions_are_the_leading_singular_vectors() -> None:
+    x = images() * torch.tensor([3.0, 0.5])[:, None, None]
+    found = principal_directions(x, 4, 3).flatten(1)
+    patches = F.unfold(x, 3).transpose(1, 2).flatten(0, 1)
+    expected = torch.linalg.svd(patches - patches.mean(0), full_matrices=False).Vh[:4]
+    torch.testing.assert_close((found * expected).sum(1).abs(), torch.ones(4), atol=1e-3, rtol=0)
+
+
+def test_no_more_principal_directions_than_the_patches_have() -> None:
+    grey = images(channels=1).expand(-1, 3, -1, -1)
+    assert len(principal_directions(grey, 20, 3)) == 9
+
+
+def test_fisher_directions_maximise_the_ratio_of_scatters() -> None:
+    x, labels = images(60, side=5), torch.arange(60) % 3
+    x[labels == 1, 0, 1] += 1.0  # a bar that only one class has
+    found = fisher_directions(x, labels, 18, 3, shrinkage=1e-6).flatten(1).double()
+    patches = F.unfold(x.double(), 3).transpose(1, 2)  # [n, positions, P]
+    means = torch.stack([patches[labels == k].mean(0) for k in range(3)])  # [K, positions, P]
+    between = (means - patches.mean(0)).flatten(0, 1)
+    within = (patches - means[labels]).flatten(0, 1)
+
+    def ratio(rows: Tensor) -> Tensor:
+        return (between @ rows.T).square().mean(0) / (within @ rows.T).square().mean(0)
+
+    ratios = ratio(found)
+    assert (ratios[:-1] >= ratios[1:] - 1e-6).all()
+    others = torch.randn(2000, 18, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert ratio(others).max() <= ratios[0] * (1 + 1e-5)
+
+
+def test_fisher_directions_want_labels_of_two_classes() -> None:
+    with pytest.raises(ShapeError, match="one per image"):
+        fisher_directions(images(4), torch.zeros(3, dtype=torch.int64), 2, 3)
+    with pytest.raises(InputError, match="at least two classes"):
+        fisher_directions(images(4), torch.ones(4, dtype=torch.int64), 2, 3)
+
+
+def network() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3, bias=False)
+        )
+
+
+def test_insertion_replaces_the_last_kernels_by_pairs_of_the_same_norm() -> None:
+    net, x = network(), images(30, 3, 8)
+    before = net[3].weight.detach().clone()
+    insert_directions(net, x, {net[3]: 2}, principal_directions)
+    after = net[3].weight.detach()
+    assert torch.equal(after[:2], before[:2])
+    assert torch.equal(after[2:4], -after[4:])
+    norm = before[:2].flatten(1).norm(dim=1).mean()
+    torch.testing.assert_close(after[2:].flatten(1).norm(dim=1), norm.expand(4))
+    normalised = torch.relu(net[1](net[0](x)))  # BatchNorm holds the statistics of the images: what the layer read
+    expected = principal_directions(normalised.detach(), 2, 3)
+    torch.testing.assert_close(after[2:4] / norm, expected, atol=1e-3, rtol=0)
+    assert not net.training and net[1].momentum == 0.1
+
+
+def test_insertion_refuses_what_it_cannot_do() -> None:
+    net = network()
+    with pytest.raises(InputError, match="0 to 3"):
+        insert_directions(net, images(4, 3), {net[3]: 4}, principal_directions)
+    grouped = nn.Conv2d(4, 4, 3, groups=2)
+    with pytest.raises(InputError, match="groups"):
+        insert_directions(grouped, images(4, 4), {grouped: 1}, principal_directions)
