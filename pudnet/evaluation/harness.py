@@ -12,8 +12,9 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,6 +26,7 @@ from pudnet.files import atomic_path
 
 FORMAT = 1
 Record = dict[str, Any]
+Job = TypeVar("Job")
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def run(
     jobs = [(key, number) for key in settings.groups if key not in skipped for number in range(runner.repeats(key))]
     ordered = sorted(jobs, key=lambda job: GROUPS[job[0]].repeated)
     found: dict[tuple[str, int], list[Record]] = {}
-    for job, records in _map(runner, ordered, workers):
+    for job, records in spread(partial(_Runner, settings, runner.known), ordered, workers):
         found[job] = records
         if progress is not None:
             progress(records, len(found), len(jobs))
@@ -123,19 +125,25 @@ def _identity(fingerprint: str, row: Row, bench: Bench) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _map(
-    runner: _Runner, jobs: Sequence[tuple[str, int]], workers: int
-) -> Iterator[tuple[tuple[str, int], list[Record]]]:
+def spread(
+    make: Callable[[], Callable[[Job], list[Record]]], jobs: Sequence[Job], workers: int
+) -> Iterator[tuple[Job, list[Record]]]:
+    """Yield every job and its records, in the order in which they are finished.
+
+    Args:
+        make: what a process works with; called once in each, so it must be picklable.
+        workers: processes of one thread each; 0: this process, with the threads it has.
+    """
     if workers == 0:
+        work = make()
         for job in jobs:
-            yield job, runner(job)
+            yield job, work(job)
         return
     # Fresh processes: forking one that has already run torch's threads can hang.
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from multiprocessing import get_context
 
-    start = (runner.settings, dict(runner.known))
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, start) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (make,)) as pool:
         try:
             futures = {pool.submit(_work, job): job for job in jobs}
             for future in as_completed(futures):
@@ -145,18 +153,18 @@ def _map(
             raise
 
 
-_runner: _Runner | None = None  # of a worker process
+_worker: Callable[[Any], list[Record]] | None = None  # of a worker process
 
 
-def _start_worker(settings: Settings, known: Mapping[str, Record]) -> None:
-    global _runner
+def _start_worker(make: Callable[[], Callable[[Any], list[Record]]]) -> None:
+    global _worker
     torch.set_num_threads(1)
-    _runner = _Runner(settings, known)
+    _worker = make()
 
 
-def _work(job: tuple[str, int]) -> list[Record]:
-    assert _runner is not None
-    return _runner(job)
+def _work(job: Any) -> list[Record]:
+    assert _worker is not None
+    return _worker(job)
 
 
 # ---- numbers ----------------------------------------------------------------------------------------------------
@@ -238,10 +246,16 @@ def save(path: Path, document: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
-def load_records(path: Path) -> list[Record]:
-    """The records of an earlier run; none where there is no file of this format."""
+def load(path: Path) -> dict[str, Any] | None:
+    """The document of an earlier run; None where there is no file of this format."""
     try:
         document = json.loads(path.read_text())
     except (OSError, ValueError):
-        return []
-    return list(document["records"]) if isinstance(document, dict) and document.get("format") == FORMAT else []
+        return None
+    return document if isinstance(document, dict) and document.get("format") == FORMAT else None
+
+
+def load_records(path: Path) -> list[Record]:
+    """The records of an earlier run; none where there is no file of this format."""
+    document = load(path)
+    return [] if document is None else list(document["records"])
