@@ -150,7 +150,7 @@ def deepnets(
         raise InputError(message(where, "n and start", "not negative", (n, start)))
     if start + n > SIZES[split]:
         raise InputError(message(where, "n", f"at most {SIZES[split] - start} for {split!r}", n))
-    least, most = _cell_range(split)
+    least, most = cell_range(split)
     most_cells = most if most_cells is None else most_cells
     if most_cells < least:
         raise InputError(message(where, "most_cells", f"at least {least} for {split!r}", most_cells))
@@ -186,14 +186,15 @@ def _first_valid(split: str, seed: int, index: int, classes: int, size: int, cho
     raise InputError(message("graphs.deepnets", "most_parameters", rule, most))
 
 
-def _cell_range(split: str) -> tuple[int, int]:
+def cell_range(split: str) -> tuple[int, int]:
+    """Fewest and most cells of a split's networks."""
     return (10, 36) if split == "deep" else (4, 18)
 
 
 def sample(split: str, draw: random.Random, choices: Choices) -> Genotype:
     """Draw a genotype; it may be one that the space rejects."""
     least_nodes, most_nodes = (2, 10) if split == "dense" else (1, 4)
-    cells = draw.randint(_cell_range(split)[0], choices.most_cells)
+    cells = draw.randint(cell_range(split)[0], choices.most_cells)
     nodes = draw.randint(least_nodes, most_nodes)
     batch_norm = split != "bnfree" and (cells > SHALLOW or draw.random() < 0.8)
     return Genotype(
