@@ -176,8 +176,18 @@ class PudNet(nn.Module):
             InputError: no image, or a single one where the embedding's BatchNorm is in training mode.
             ShapeError, DtypeError: the images are not as said above.
         """
-        several = isinstance(images, (list, tuple))
-        sketches = list(images) if several else [images]
+        flat = self(*self._prepared(images))  # [B, P]
+        return self.layout.views(flat if isinstance(images, (list, tuple)) else flat[0])
+
+    def embed(self, images: Images | Sequence[Images]) -> Tensor:
+        """Embed one dataset or several, given as to ``generate``: ``[G, D]``; for a list of B ``[B, G, D]``."""
+        pixels, counts = self._prepared(images)
+        found: Tensor = self.embedding(self._to_sketch_size(pixels), counts)
+        return found if isinstance(images, (list, tuple)) else found[0]
+
+    def _prepared(self, images: Images | Sequence[Images]) -> tuple[Tensor, list[int]]:
+        """Normalised images of all sketches ``[n, 3, H, W]``, and how many each sketch has."""
+        sketches = list(images) if isinstance(images, (list, tuple)) else [images]
         if not sketches:
             raise InputError(message("PudNet.generate", "images", "at least one sketch", "an empty list"))
         where, device = "PudNet.generate", self.temperature.device
@@ -186,8 +196,7 @@ class PudNet(nn.Module):
         if self.training and self.config.embedding_norm == "batch" and sum(counts) < 2:
             hint = "Call net.eval() first, or give more images."
             raise InputError(message(where, "images", "two or more while the net is in training mode", 1, hint))
-        flat = self(torch.cat(prepared), counts)  # [B, P]
-        return self.layout.views(flat if several else flat[0])
+        return torch.cat(prepared), counts
 
     @staticmethod
     def _sketch_images(images: Images) -> Tensor:
