@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pudnet._version import __version__
 from pudnet.errors import CheckpointError, InputError, message, one_line
-from pudnet.files import atomic_path
+from pudnet.files import open_tensors, write_tensors
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+OWN_PREFIX = "pudnet."  # of tensors that are not the network's own, in the file of a model
 HEADER_KEY = "pudnet"
 PRETRAINED = Path(__file__).parent / "pretrained"
 HUB_FILE = "predictor.safetensors"
@@ -31,54 +33,110 @@ def save(path: str | os.PathLike[str], kind: str, config: Mapping[str, Any], ten
     Raises:
         InputError: the path cannot be written, or the disk is full.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     header = {"format": FORMAT_VERSION, "kind": kind, "version": __version__, "config": dict(config)}
     # Copies, as safetensors refuses tensors that share memory: tied parameters, views.
     copies = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
-    with atomic_path(path) as temporary:
-        try:
-            save_file(copies, temporary, metadata={HEADER_KEY: json.dumps(header)})
-        except (SafetensorError, OSError) as error:
-            got = f"{str(path)!r} ({error})"
-            raise InputError(message("checkpoint.save", "path", "where a file can be written", got)) from error
+    write_tensors(path, copies, HEADER_KEY, header, "checkpoint.save")
 
 
 def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what ``save`` wrote; returns ``(config, tensors)``.
+    """Read what ``save`` wrote; returns ``(config, tensors)``. Memory is bounded by the size of the file.
 
     Raises:
         InputError: there is no such file, or it may not be read.
         CheckpointError: the file is truncated, of another version or kind, or not ours.
     """
-    from safetensors import SafetensorError, safe_open
-
     where = "checkpoint.load"
-    if not Path(path).is_file():
-        raise InputError(message(where, "path", "an existing file", repr(str(path))))
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(HEADER_KEY, "null"))
-            if not isinstance(header, dict) or not isinstance(header.get("config"), dict):
-                raise CheckpointError(message(where, "path", "a file written by pudnet", repr(str(path))))
-            if header.get("format") != FORMAT_VERSION:
-                got = f"format {header.get('format')!r} in {str(path)!r}, written by pudnet {header.get('version')}"
-                hint = f"This is pudnet {__version__}; install the version that wrote the file."
-                raise CheckpointError(message(where, "format", f"{FORMAT_VERSION}", got, hint))
-            if header.get("kind") != kind:
-                got = f"a {header.get('kind')!r} file, {str(path)!r}"
-                raise CheckpointError(message(where, "path", f"a {kind!r} file", got))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except OSError as error:
-        raise InputError(message(where, "path", "a readable file", f"{str(path)!r} ({error})")) from error
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        got = f"{str(path)!r} ({error})"
-        hint = "The file is damaged or not safetensors; get it again."
-        raise CheckpointError(message(where, "path", "a whole safetensors file", got, hint)) from error
-    return header["config"], tensors
+    with open_tensors(path, HEADER_KEY, where) as (header, tensors):
+        if not isinstance(header.get("config"), dict):
+            raise CheckpointError(message(where, "path", "a file written by pudnet", repr(str(path))))
+        written = header.get("format")
+        if written not in (*MIGRATIONS, FORMAT_VERSION):
+            got = f"format {written!r} in {str(path)!r}, written by pudnet {header.get('version')}"
+            hint = f"This is pudnet {__version__}; install the version that wrote the file."
+            raise CheckpointError(message(where, "format", f"from {min(MIGRATIONS)} to {FORMAT_VERSION}", got, hint))
+        if header.get("kind") != kind:
+            got = f"a {header.get('kind')!r} file, {str(path)!r}"
+            raise CheckpointError(message(where, "path", f"a {kind!r} file", got))
+        config, found = header["config"], tensors()
+        for version in range(int(written), FORMAT_VERSION):
+            config, found = MIGRATIONS[version](kind, config, found)
+        return config, found
+
+
+Content = tuple[dict[str, Any], dict[str, Tensor]]
+
+
+def _plain_names(kind: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> Content:
+    """Format 1 -> 2: in the file of a model the network's tensors have their own names."""
+    if kind != "model":
+        return config, tensors
+    plain = {name.removeprefix("network."): x for name, x in tensors.items() if name.startswith("network.")}
+    rest = {f"{OWN_PREFIX}{name}": x for name, x in tensors.items() if not name.startswith("network.")}
+    return config, plain | rest
+
+
+# Format -> what brings a file's (kind, config, tensors) to the next format. A change of the format adds one.
+MIGRATIONS: dict[int, Callable[[str, dict[str, Any], dict[str, Tensor]], Content]] = {1: _plain_names}
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Modules made in this block have shapes and no values (they are on the meta device); ``fill`` gives them some."""
+    with _ShapesOnly(), torch.device("meta"):
+        yield
+
+
+class _ShapesOnly(TorchFunctionMode):
+    """Leaves out drawing and scaling of initial values: on the meta device they would import torch's compiler (8 s)."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in (Tensor.normal_, Tensor.mul, Tensor.div, Tensor.__mul__, Tensor.__truediv__):
+            return args[0]
+        return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load ``tensors`` into a module that was made ``without_memory``, in whole or in part.
+
+    Memory is taken only when names and shapes are those of the module: what a file claims about sizes costs nothing
+    until the file is seen to hold as much.
+
+    Raises:
+        CheckpointError: names or shapes differ, or numbers are not of the same kind (another precision is).
+    """
+    where, expected = "checkpoint.fill", module.state_dict()
+    wrong = sorted(expected.keys() ^ tensors.keys())
+    wrong += [name for name in expected if name in tensors and not _fits(tensors[name], expected[name])]
+    if wrong:
+        rule = f"the {len(expected)} tensors of a {type(module).__name__}"
+        got = ", ".join(
+            f"{tensors[name].dtype} {list(tensors[name].shape)} at {name!r}" if name in tensors else f"no {name!r}"
+            for name in wrong[:3]
+        )
+        raise CheckpointError(message(where, "tensors", rule, got))
+    made: dict[int, Tensor] = {}  # what two layers share stays shared
+    for part in module.modules():
+        for held in (part._parameters, part._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and tensor.is_meta:
+                    held[name] = made.setdefault(id(tensor), _like(tensor))  # type: ignore[assignment]
+    module.load_state_dict(dict(tensors))
+
+
+def _fits(tensor: Tensor, place: Tensor) -> bool:
+    kinds = tensor.is_floating_point(), tensor.is_complex()
+    return tensor.shape == place.shape and kinds == (place.is_floating_point(), place.is_complex())
+
+
+def _like(tensor: Tensor) -> Tensor:
+    """Memory on the CPU for a tensor or parameter of the meta device."""
+    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
 def list_pretrained() -> list[str]:

@@ -1,22 +1,35 @@
-"""Writing files so that nothing half-written is ever seen under its final name."""
+"""Files: nothing half-written is ever seen under its final name, and what is read costs no more than it holds."""
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pudnet.errors import InputError, message
+from pudnet.errors import CheckpointError, InputError, PudnetError, message, one_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+HEADER_LIMIT = 2**25  # bytes: JSON of this size takes up to 20 times as much in memory
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str], where: str = "save") -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it to ``path`` when the block ends without an error.
 
+    What processes that were killed left behind is removed: a temporary file is locked as long as its writer lives.
+
     Raises:
-        InputError: the folder does not exist or cannot be written, or ``path`` is a folder, a device or a pipe.
+        InputError: the folder does not exist or cannot be written, ``path`` is a folder, a device or a pipe, or the
+            disk is full, in the block or after it.
     """
     final = Path(path)
     if final.is_dir():
@@ -24,20 +37,137 @@ def atomic_path(path: str | os.PathLike[str], where: str = "save") -> Iterator[P
     if final.exists() and not final.is_file():  # renaming onto /dev/null would replace it for the whole machine
         raise InputError(message(where, "path", "a regular file or a new one", f"the device or pipe {str(final)!r}"))
     try:
-        handle, name = tempfile.mkstemp(dir=final.parent, prefix=f".{final.name}.", suffix=".tmp")
+        _remove_abandoned(final)
+        handle, temporary = _locked_file(final)
     except OSError as error:
         hint = "Create the folder first, or choose a folder you may write to."
         got = f"{str(path)!r} ({error.strerror})"
         raise InputError(message(where, "path", "in a folder that exists and can be written", got, hint)) from error
-    os.close(handle)
-    temporary = Path(name)
     try:
+        finished = False
         yield temporary
+        finished = True
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
+        _sync(temporary)
         os.replace(temporary, final)
+        with suppress(OSError):  # the file is there; not every folder can be opened
+            _sync(final.parent)
+    except OSError as error:
+        if isinstance(error, PudnetError) or not (finished or error.errno in DISK_ERRORS):
+            raise
+        got = f"{str(path)!r} ({error.strerror})"
+        raise InputError(message(where, "path", "where a file can be written", got)) from error
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _locked_file(final: Path) -> tuple[int, Path]:
+    """A new temporary file beside ``final``, and the handle that holds its lock."""
+    while True:
+        handle, name = tempfile.mkstemp(dir=final.parent, prefix=f".{final.name}.", suffix=".tmp")
+        _lock(handle)
+        if os.path.exists(name):  # nobody took it for abandoned before it was locked
+            return handle, Path(name)
+        os.close(handle)
+
+
+def _remove_abandoned(final: Path) -> None:
+    """Remove temporary files for ``final`` that no living process has locked."""
+    one = r"\.[a-z0-9_]{8}\.tmp"
+    left = re.compile(rf"\.{{1,2}}{re.escape(final.name)}{one}({one})?")  # doubled where a writer was given a temporary
+    try:
+        names = os.listdir(final.parent)
+    except PermissionError:  # it may still be written to
+        return
+    for name in names:
+        if left.fullmatch(name):
+            with suppress(OSError), open(final.parent / name, "rb") as file:
+                if _lock(file.fileno()):
+                    os.unlink(file.name)
+
+
+def _lock(handle: int) -> bool:
+    """Try to lock an open file for this process; it is unlocked when it is closed, or the process ends."""
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):  # not every system and file system has locks
+        return False
+    return True
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], key: str, header: Mapping[str, Any], where: str
+) -> None:
+    """Write a safetensors file in one atomic step, with ``header`` as JSON under ``key`` of its metadata.
+
+    Raises:
+        InputError: the path cannot be written, the disk is full, or names and header are too long to be read back.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    text = json.dumps(header)
+    with atomic_path(path, where) as temporary:
+        try:
+            save_file(dict(tensors), temporary, metadata={key: text})
+            if _header_size(temporary) > HEADER_LIMIT:
+                got = f"{len(text)} bytes of JSON, {len(tensors)} tensors"
+                raise InputError(message(where, "the header", f"at most {HEADER_LIMIT} bytes long", got))
+        except (SafetensorError, OSError) as error:
+            got = f"{str(path)!r} ({one_line(error)})"
+            raise InputError(message(where, "path", "where a file can be written", got)) from error
+
+
+@contextmanager
+def open_tensors(
+    path: str | os.PathLike[str], key: str, where: str
+) -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Tensor]]]]:
+    """Open what ``write_tensors`` wrote: yields its header and a function that reads the tensors.
+
+    Memory is bounded by the size of the file. The tensors are copies: a file that is overwritten in place would change
+    those that safetensors maps, and one that is cut would end the process.
+
+    Raises:
+        InputError: there is no such file, or it may not be read.
+        CheckpointError: the file is damaged, or has no JSON object under ``key``.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise InputError(message(where, "path", "an existing file", repr(str(path))))
+    try:
+        if _header_size(path) > HEADER_LIMIT:
+            raise ValueError(f"a header of more than {HEADER_LIMIT} bytes")
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(key, "null"))
+            if not isinstance(header, dict):
+                raise CheckpointError(message(where, "path", "a file written by pudnet", repr(str(path))))
+            yield header, lambda: {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except PudnetError:
+        raise
+    except OSError as error:
+        raise InputError(message(where, "path", "a readable file", f"{str(path)!r} ({error})")) from error
+    except (SafetensorError, ValueError, RecursionError, AttributeError, KeyError) as error:
+        got = f"{str(path)!r} ({one_line(error)})"
+        hint = "The file is damaged or not safetensors; get it again."
+        raise CheckpointError(message(where, "path", "a whole safetensors file", got, hint)) from error
+
+
+def _header_size(path: str | os.PathLike[str]) -> int:
+    """What the first eight bytes of a safetensors file say of its header."""
+    with open(path, "rb") as file:
+        return int.from_bytes(file.read(8), "little")

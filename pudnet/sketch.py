@@ -12,7 +12,6 @@ This is bottom-k sampling: Cohen and Kaplan, "Summarizing data using bottom-k sk
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from pudnet.data.preprocess import array_tensor
 from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError, message
-from pudnet.files import atomic_path
+from pudnet.files import open_tensors, write_tensors
 
 Array = np.ndarray[Any, Any]
 VERSION = 1
@@ -130,25 +129,35 @@ class Sketch:
         missing += sorted({"capacity", "seed", "streams"} - set(meta))
         if missing:
             raise CheckpointError(message(where, "the sketch", "complete", f"one without {', '.join(missing)}"))
-        kept, classes = len(tensors["images"]), len(tensors["seen"])
+        capacity, seed, streams = meta["capacity"], meta["seed"], meta["streams"]
+        if not (_is_count(capacity) and _is_count(seed) and isinstance(streams, list) and all(map(_is_count, streams))):
+            got = f"{capacity!r}, {seed!r}, {streams!r}"
+            raise CheckpointError(message(where, "capacity, seed and streams", "integers of at least 0", got))
+        images, seen = tensors["images"], tensors["seen"]
+        if images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape[1:]:
+            raise CheckpointError(message(where, "images", "[S, H, W, 3]", list(images.shape)))
         for name, dtype in _TENSORS.items():
-            rows = classes if name in ("seen", "thresholds") else kept
-            tensor = tensors.get(name)
-            if tensor is not None and (tensor.dtype != dtype or len(tensor) != rows):
+            rows = seen.numel() if name in ("seen", "thresholds") else len(images)
+            tensor, shape = tensors.get(name), images.shape if name == "images" else (rows,)
+            if tensor is not None and (tensor.dtype != dtype or tensor.shape != shape):
                 got = f"{tensor.dtype} {list(tensor.shape)}"
                 raise CheckpointError(message(where, name, f"{dtype} with {rows} rows", got))
+        labels = tensors.get("labels")
+        if labels is not None and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(seen):
+            got = f"{int(labels.min())}..{int(labels.max())}"
+            raise CheckpointError(message(where, "labels", f"in 0..{len(seen) - 1}", got))
         values = {name: tensors.get(name) for name in _TENSORS}
-        streams = tuple(int(stream) for stream in meta["streams"])
-        return cls(**values, capacity=int(meta["capacity"]), seed=int(meta["seed"]), streams=streams)  # type: ignore[arg-type]
+        return cls(**values, capacity=capacity, seed=seed, streams=tuple(streams))  # type: ignore[arg-type]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the sketch as a safetensors file."""
-        from safetensors.torch import save_file
+        """Write the sketch as a safetensors file.
 
+        Raises:
+            InputError: the path cannot be written, or the disk is full.
+        """
         tensors, meta = self.to_tensors()
-        with atomic_path(path, "Sketch.save") as temporary:
-            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            save_file(contiguous, temporary, metadata={"pudnet.sketch": json.dumps(meta)})
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_tensors(path, contiguous, "pudnet.sketch", meta, "Sketch.save")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Sketch:
@@ -158,21 +167,12 @@ class Sketch:
             InputError: there is no such file.
             CheckpointError: the file is truncated, of another version, or no sketch.
         """
-        from safetensors import SafetensorError, safe_open
+        with open_tensors(path, "pudnet.sketch", "Sketch.load") as (meta, tensors):
+            return cls.from_tensors(tensors(), meta)
 
-        where = "Sketch.load"
-        if not os.path.isfile(path):
-            raise InputError(message(where, "path", "an existing file", repr(str(path))))
-        try:
-            with safe_open(path, framework="pt") as file:
-                meta = (file.metadata() or {}).get("pudnet.sketch")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            if meta is None:
-                raise ValueError("written by something else")
-            values = json.loads(meta)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(message(where, "path", "a sketch file", f"{str(path)!r} ({error})")) from error
-        return cls.from_tensors(tensors, values)
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 _TENSORS = {

@@ -251,7 +251,7 @@ def test_bad_files(tmp_path) -> None:
     with pytest.raises(InputError, match="existing"):
         Sketch.load(tmp_path / "none")
     save_file({"a": torch.zeros(2)}, tmp_path / "other")
-    with pytest.raises(CheckpointError, match="something else"):
+    with pytest.raises(CheckpointError, match="written by pudnet"):
         Sketch.load(tmp_path / "other")
     sketch_of(UNEVEN_LABELS, 30).save(tmp_path / "whole")
     (tmp_path / "half").write_bytes((tmp_path / "whole").read_bytes()[:900])

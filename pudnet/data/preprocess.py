@@ -15,6 +15,7 @@ from torch import Tensor
 from pudnet.errors import DtypeError, InputError, ShapeError, message
 
 WHERE = "preprocess"
+LARGEST_SIDE = 1024  # a batch of 32 takes 0.4 GB, and some times as much in a network: what a file asks for is bounded
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,12 @@ class Preprocess:
     std: tuple[float, float, float]
 
     def __post_init__(self) -> None:
-        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
-            raise InputError(message("Preprocess", "size", "an integer of at least 1", repr(self.size)))
+        if isinstance(self.size, bool) or not isinstance(self.size, int) or not 1 <= self.size <= LARGEST_SIDE:
+            raise InputError(message("Preprocess", "size", f"an integer from 1 to {LARGEST_SIDE}", repr(self.size)))
         for name in ("mean", "std"):
             try:
                 values = tuple(float(value) for value in getattr(self, name))
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 values = ()
             if len(values) != 3 or not all(math.isfinite(value) for value in values):
                 raise InputError(message("Preprocess", name, "three finite numbers", repr(getattr(self, name))))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import mmap
 import os
 from collections import OrderedDict
@@ -21,12 +22,13 @@ from torch import Tensor, nn
 
 from pudnet import checkpoint
 from pudnet.batchnorm import set_policy
-from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError, message
+from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError, message, one_line
 from pudnet.graphs import ArchGraph, trace
 from pudnet.nn.decoder import Plan, TilingDecoder
 from pudnet.nn.graph_encoder import GraphBatch, GraphEncoder
 
 KIND = "ghn"
+LARGEST_SIZE = 2**16  # of what a checkpoint may ask
 GRAPHS_KEPT = 64  # traced graphs remembered, the least recently used is forgotten first
 
 
@@ -59,15 +61,28 @@ class GHNConfig:
 
     def __post_init__(self) -> None:
         for name in ("width", "num_classes", "virtual_edges"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(message("GHN", name, "an integer of at least 1", repr(value)))
+            if not _is_size(getattr(self, name)):
+                rule = f"an integer from 1 to {LARGEST_SIZE}"
+                raise InputError(message("GHN", name, rule, repr(getattr(self, name))))
+        for name in ("layer_norm", "normalise"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(message("GHN", name, "True or False", repr(getattr(self, name))))
         if self.width % 4:
             raise InputError(message("GHN", "width", "a multiple of 4", self.width))
         if self.encoder not in ("gnn", "mlp"):
             raise InputError(message("GHN", "encoder", "'gnn' or 'mlp'", repr(self.encoder)))
         for name in ("input_shape", "mean", "std"):  # a checkpoint has lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if len(self.input_shape) != 3 or not all(map(_is_size, self.input_shape)):
+            rule = f"channels, height and width, integers from 1 to {LARGEST_SIZE}"
+            raise InputError(message("GHN", "input_shape", rule, list(self.input_shape)))
+        for name in ("mean", "std"):
+            if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in getattr(self, name)):
+                raise InputError(message("GHN", name, "finite numbers", list(getattr(self, name))))
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= LARGEST_SIZE
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -288,10 +303,11 @@ class GHN(nn.Module):
         """
         config, tensors = checkpoint.load(path, KIND)
         try:
-            ghn = cls(**config["ghn"])
-            ghn.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-        except (KeyError, TypeError, RuntimeError, InputError) as error:
-            got = f"{str(path)!r} ({error})"
+            with checkpoint.without_memory():
+                ghn = cls(**config["ghn"])
+            checkpoint.fill(ghn, tensors)
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+            got = f"{str(path)!r} ({one_line(error)})"
             raise CheckpointError(message("GHN.load", "path", "a checkpoint that fits", got)) from error
         ghn.card = config.get("card", {})
         return ghn.eval()

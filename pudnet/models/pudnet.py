@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pudnet import bind, checkpoint
 from pudnet.data.preprocess import Preprocess, uint8_batch
-from pudnet.errors import CheckpointError, InputError, message
+from pudnet.errors import CheckpointError, InputError, message, one_line
 from pudnet.nn.embedding import DatasetEmbedding
 from pudnet.nn.generators import WeightGenerators
 from pudnet.nn.recurrence import LayerRecurrence
@@ -29,7 +29,8 @@ from pudnet.targets import build_target
 T = TypeVar("T")
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, the field's usual constants
-LARGEST_SKETCH_SIDE = 64
+LARGEST_SKETCH_SIDE = 64  # by default
+LIMITS = {"sketch_size": 256, "layers": 64, "width": 2**16, "generator_width": 2**16}  # of what a checkpoint may ask
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,9 @@ class PudNetConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(message("PudNet", name, "an integer of at least 1", repr(value)))
+        for name, most in LIMITS.items():
+            if getattr(self, name) > most:
+                raise InputError(message("PudNet", name, f"at most {most}", getattr(self, name)))
         if not isinstance(self.alpha, (int, float)) or not 0 <= self.alpha <= 1:
             raise InputError(message("PudNet", "alpha", "a number from 0 to 1", repr(self.alpha)))
         usual = Preprocess(
@@ -133,7 +137,8 @@ class PudNet(nn.Module):
                 len(self.layout.entries), config.layers, config.width, config.recurrence, config.alpha
             )
             self.generators = WeightGenerators(self.layout, config.width, config.generator_width)
-            self._scale_generators()
+            if not self.generators.row_weight.is_meta:  # a checkpoint that is being loaded has its scale
+                self._scale_generators()
         self.target = bind.strip(module, self.layout)
         self.temperature = nn.Parameter(torch.tensor(10.0))  # of the cosine classifier
         self.card: dict[str, Any] = {}  # how the checkpoint was made, where it came from one
@@ -268,14 +273,14 @@ class PudNet(nn.Module):
         if name is None and target is None:
             raise CheckpointError(message(where, "target", "the module the checkpoint was made for", None))
         try:
-            net = cls(str(name) if target is None else target, **config["pudnet"])
+            with checkpoint.without_memory():
+                net = cls(str(name) if target is None else target, **config["pudnet"])
             net.target_name = name
-            net.load_state_dict({key: tensor.float() if tensor.is_floating_point() else tensor
-                                 for key, tensor in tensors.items()})  # fmt: skip
-        except (KeyError, TypeError, RuntimeError, InputError) as error:
+            checkpoint.fill(net, tensors)
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
             hint = "It was made for another target network or another version."
             raise CheckpointError(
-                message(where, "path", "a checkpoint that fits", f"{str(path)!r} ({error})", hint)
+                message(where, "path", "a checkpoint that fits", f"{str(path)!r} ({one_line(error)})", hint)
             ) from error
         net.card = config.get("card", {})
         return net.eval()

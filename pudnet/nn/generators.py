@@ -33,7 +33,8 @@ class WeightGenerators(nn.Module):
         self.mix_bias = nn.Parameter(torch.zeros(num_layers, 2 * hidden))
         self.row_weight = nn.Parameter(torch.randn(layout.rows, 2 * hidden))
         self.row_bias = nn.Parameter(torch.zeros(layout.rows))
-        self.scale_to_fan_in(torch.randn(64, num_layers, width))
+        if not self.row_weight.is_meta:
+            self.scale_to_fan_in(torch.randn(64, num_layers, width))
 
     @torch.no_grad()
     def scale_to_fan_in(self, codes: Tensor) -> None:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pudnet import checkpoint
-from pudnet.errors import CheckpointError, InputError, message
+from pudnet.errors import CheckpointError, InputError, message, one_line
 from pudnet.training.config import Settings
 
 logger = logging.getLogger("pudnet")
@@ -140,27 +140,33 @@ class BaseTrainer(ABC):
             CheckpointError: the file is damaged, or was written by a run with other settings.
         """
         saved, tensors = checkpoint.load(path, self.kind)
-        now = json.loads(json.dumps(self.settings.to_dict()))
+        where = f"{type(self).__name__}.restore"
+        run, step, now = saved.get("run"), saved.get("step"), json.loads(json.dumps(self.settings.to_dict()))
+        if not isinstance(run, dict) or isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**53:
+            raise CheckpointError(message(where, "path", "a run's checkpoint", f"{str(path)!r} without run or step"))
         changeable = {"run", "optimiser"}  # length and bookkeeping may change, the trunk of the run may not
-        differing = sorted(key for key in now if key not in changeable and saved["run"].get(key) != now[key])
+        differing = sorted(key for key in now if key not in changeable and run.get(key) != now[key])
         if differing:
             got, hint = f"other {differing}", "Restore the settings, or start a new run in another folder."
-            raise CheckpointError(message(f"{type(self).__name__}.restore", "config", "the one of the run", got, hint))
+            raise CheckpointError(message(where, "config", "the one of the run", got, hint))
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
-        for name, module in self.modules.items():
-            module.load_state_dict(part(f"{name}."))
-        self.steps_done = int(saved["step"])
         first, second = part("optimiser.exp_avg."), part("optimiser.exp_avg_sq.")
-        for name, value in self.named.items():
-            if name in first:
-                self.optimiser.state[value] = {
-                    "step": torch.tensor(float(self.steps_done)),
-                    "exp_avg": first[name].to(self.device),
-                    "exp_avg_sq": second[name].to(self.device),
-                }
+        try:
+            for name, module in self.modules.items():
+                checkpoint.fill(module, part(f"{name}."))
+            for name in first | second:
+                owner, moments = self.named[name], {"exp_avg": first[name], "exp_avg_sq": second[name]}
+                if any(moment.shape != owner.shape for moment in moments.values()):
+                    raise RuntimeError(f"moments of another shape at {name!r}")
+                moved = {key: moment.to(owner) for key, moment in moments.items()}
+                self.optimiser.state[owner] = {"step": torch.tensor(float(step)), **moved}
+        except (KeyError, RuntimeError) as error:
+            got = f"{str(path)!r} ({one_line(error)})"
+            raise CheckpointError(message(where, "path", "a checkpoint of this run", got)) from error
+        self.steps_done = step
 
 
 def fit(
