@@ -145,6 +145,12 @@ def predict(
     batchnorm: Annotated[str, typer.Option(help="BatchNorm statistics: calibrated, batch or shared.")] = "calibrated",
     sketch_size: Annotated[int, typer.Option(min=1, help="Images the weights are predicted from.")] = 500,
     split: Annotated[str, typer.Option(help="Part of the data: train or test.")] = "train",
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            "--report", help="Also write a page about the model, as `pudnet report` does.", show_default=False
+        ),
+    ] = None,
     device: Device = "auto",
     seed: Seed = 0,
     as_json: Json = False,
@@ -159,6 +165,11 @@ def predict(
         predictor = Predictor.from_pretrained(checkpoint, device=_device(device))
         model = predictor.predict(data, head=head, batchnorm=batchnorm, sketch_size=sketch_size, split=split, seed=seed)
         model.save(claimed)
+    if page is not None:
+        from pudnet.report import write_report
+
+        with console.status("Writing the report ..."):
+            write_report(page, model, data, predictor=predictor, seed=seed)
     report = model.report
     seconds = report["seconds"]
     console.print(f"{report['n']} images of {len(model.classes)} classes")
@@ -197,6 +208,55 @@ def evaluate(
         console.print(table)
     _notes(console, result)
     _emit(result, as_json)
+
+
+@_command("pudnet report model.safetensors flowers-test/ -o report.html", "report")
+def write_page(
+    model: Model,
+    data: Data,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the page goes.")] = Path("report.html"),
+    split: Annotated[
+        str | None,
+        typer.Option(help="Part of the data, where it has several: train or test. Without: test.", show_default=False),
+    ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="The hypernetwork, for the map. Without: the one MODEL names.", show_default=False),
+    ] = None,
+    scratch: Annotated[
+        float, typer.Option(min=0, help="Seconds of training from scratch to show beside it; 0: none.")
+    ] = 0.0,
+    training: Annotated[
+        Path | None,
+        typer.Option(help="Images to train from scratch on. Without: the training part of DATA.", show_default=False),
+    ] = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Write one HTML page about MODEL on the labelled images of DATA: answers, accuracy, embedding, kernels, time."""
+    from pudnet.predictor import Predictor, load
+    from pudnet.report import write_report
+
+    console = _console(as_json)
+    with console.status("Writing the report ..."):
+        predictor = None if checkpoint is None else Predictor.from_pretrained(checkpoint)
+        loaded = load(model).to(_device(device))
+        result = write_report(
+            output,
+            loaded,
+            data,
+            split=split,
+            predictor=predictor,
+            training=training,
+            scratch_seconds=scratch,
+            seed=seed,
+        )
+    console.print(f"top-1 {100 * result['top1']:.2f} % of {result['n']} images")
+    if "scratch_top1" in result:
+        console.print(f"Trained from scratch: {100 * result['scratch_top1']:.2f} %")
+    console.print(f"Page: {output}", soft_wrap=True, markup=False)
+    _emit({"report": str(output), **result}, as_json)
 
 
 @_command("pudnet classify model.safetensors rose.jpg tulip.png")

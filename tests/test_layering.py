@@ -57,8 +57,9 @@ ALLOWED = {
     "training": USERS - {"evaluation", "demo"},
     "evaluation": USERS - {"training"},
     "demo": USERS - {"training"},
+    "report": USERS - {"training", "demo"},
     "info": OPS,
-    "cli": USERS | {"cli"},
+    "cli": USERS | {"cli", "report"},
     "__main__": {"cli"},
 }
 
@@ -66,6 +67,7 @@ ALLOWED = {
 EXCEPTIONS: set[tuple[str, str]] = set()
 
 HEAVY = ("PIL", "typer", "rich", "matplotlib", "safetensors", "triton", "huggingface_hub", "sklearn", "tensorboard")
+HEAVY += ("jinja2",)
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
