@@ -41,43 +41,8 @@ struct Kernels {
                          double* squares);
 };
 
-namespace portable {
-#define PUDNET_LANES 4
-#include "dataset_stats_kernel.h"
-#undef PUDNET_LANES
-}  // namespace portable
-
-#ifdef PUDNET_X86
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#define PUDNET_LANES 8
-#include "dataset_stats_kernel.h"
-#undef PUDNET_LANES
-}  // namespace avx2
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
-namespace avx512 {
-#define PUDNET_LANES 16
-#include "dataset_stats_kernel.h"
-#undef PUDNET_LANES
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
-
-const Kernels& choose_kernels(const std::string& instruction_set) {
-  switch (choose_instruction_set(instruction_set)) {
-#ifdef PUDNET_X86
-    case InstructionSet::kAvx512:
-      return avx512::kernels;
-    case InstructionSet::kAvx2:
-      return avx2::kernels;
-#endif
-    default:
-      return portable::kernels;
-  }
-}
+#define PUDNET_KERNEL "dataset_stats_kernel.h"
+#include "kernel_copies.h"
 
 // Adds what lies in the 32-bit accumulators to the 64-bit ones, and empties them.
 void flush(std::int64_t columns, std::uint32_t* from, std::uint64_t* to) {

@@ -169,4 +169,4 @@ inline void add_deviations(const float* const rows[kUnroll], int columns, const 
   }
 }
 
-constexpr Kernels kernels = {add_rows, narrow_moments, add_deviations};
+constexpr Kernels kKernels = {add_rows, narrow_moments, add_deviations};

@@ -19,7 +19,7 @@ namespace pudnet {
 namespace {
 
 constexpr std::int64_t kRunTiles = 16;             // 16 KiB of weights for K = 16: half of a usual first-level cache
-constexpr std::int64_t kStreamBytes = 8ll << 20;  // larger outputs are written past the caches
+constexpr std::int64_t kStreamBytes = 8ll << 20;  // larger outputs are written past the caches (AVX-512)
 
 // Neighbouring tiles of one layer.
 struct TileRun {
@@ -54,43 +54,8 @@ inline std::uint16_t to_bfloat16(float value) {  // to nearest, ties to even
   return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-namespace portable {
-#define PUDNET_LANES 4
-#include "generate_weights_kernel.h"
-#undef PUDNET_LANES
-}  // namespace portable
-
-#ifdef PUDNET_X86
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#define PUDNET_LANES 8
-#include "generate_weights_kernel.h"
-#undef PUDNET_LANES
-}  // namespace avx2
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
-namespace avx512 {
-#define PUDNET_LANES 16
-#include "generate_weights_kernel.h"
-#undef PUDNET_LANES
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
-
-const Kernels& choose(const std::string& name) {
-  switch (choose_instruction_set(name)) {
-#ifdef PUDNET_X86
-    case InstructionSet::kAvx512:
-      return avx512::kKernels;
-    case InstructionSet::kAvx2:
-      return avx2::kKernels;
-#endif
-    default:
-      return portable::kKernels;
-  }
-}
+#define PUDNET_KERNEL "generate_weights_kernel.h"
+#include "kernel_copies.h"
 
 std::int64_t tiles_of(const LayerShape& shape) { return (shape.o * shape.i + kTileRows - 1) / kTileRows; }
 
@@ -147,7 +112,7 @@ void generate_share(const GenerateWeights& args, const Kernels& kernels, const s
 }  // namespace
 
 void generate_weights_cpu(const GenerateWeights& args, int threads, const std::string& instruction_set) {
-  const Kernels& kernels = choose(instruction_set);
+  const Kernels& kernels = choose_kernels(instruction_set);
   const std::int64_t k = 2 * args.hidden, layers = static_cast<std::int64_t>(args.layers.size());
   std::vector<Place> places;
   Place next{};

@@ -3,7 +3,7 @@
 #include "affine_kernel.h"
 
 constexpr int kParts = kTileRows / kLanes;  // registers in a row of a tile
-constexpr int kBlock = 9;                   // kernel positions in registers at once; a whole 3x3 kernel
+constexpr int kBlock = kParts == 1 ? 9 : kParts == 2 ? 5 : 3;  // kernel positions in registers at once; 9: a 3x3 kernel
 
 typedef std::uint32_t LooseWords __attribute__((vector_size(4 * PUDNET_LANES), aligned(2), may_alias));
 typedef std::uint16_t Halves __attribute__((vector_size(2 * PUDNET_LANES)));
@@ -22,13 +22,11 @@ inline void store(std::uint16_t* to, Floats value) {
   *reinterpret_cast<LooseHalves*>(to) = __builtin_convertvector(kept | nan, Halves);
 }
 // Past the caches: half the traffic where nothing reads the result soon, because lines are not fetched to be overwritten.
+// Only for whole lines: written in halves, in between loads, they leave the processor half empty, at half the speed.
+constexpr bool kStreams = kParts == 1;
 inline void stream(float* to, Floats value) {
 #if PUDNET_LANES == 16
   _mm512_stream_ps(to, reinterpret_cast<__m512>(value));
-#elif PUDNET_LANES == 8
-  _mm256_stream_ps(to, reinterpret_cast<__m256>(value));
-#elif defined(__SSE2__)
-  _mm_stream_ps(to, reinterpret_cast<__m128>(value));
 #else
   store(to, value);
 #endif
@@ -84,33 +82,35 @@ void layer_features(const GenerateWeights& args, std::int64_t layer, std::int64_
   gelu_in_place(features, args.batch * 2 * h * spatial);
 }
 
-// A tile's weights in registers, feature by feature: `visit(k, weights of feature k)`.
-template <typename Visit>
-inline void each_feature(const float* tile, std::int64_t features, Visit visit) {
-  for (std::int64_t k = 0; k < features; ++k) visit(k, load(tile + k * kTileRows));
-}
-template <typename Visit>
-inline void each_feature(const std::uint16_t* tile, std::int64_t features, Visit visit) {
-  std::int64_t k = 0;
-  for (; k + 2 <= features; k += 2) {
-    const Words pair = *reinterpret_cast<const LooseWords*>(tile + k * kTileRows);
-    visit(k, reinterpret_cast<Floats>(pair << 16));
-    visit(k + 1, reinterpret_cast<Floats>(pair & 0xffff0000u));
-  }
-  if (k < features) visit(k, reinterpret_cast<Floats>(*reinterpret_cast<const LooseWords*>(tile + k * kTileRows) << 16));
+// The weights of feature k and, in a bfloat16 tile, of feature k + 1, for kLanes rows: one load for both.
+inline void load_features(const float* tile, std::int64_t k, Floats* weights) { weights[0] = load(tile + k * kTileRows); }
+inline void load_features(const std::uint16_t* tile, std::int64_t k, Floats* weights) {
+  const Words pair = *reinterpret_cast<const LooseWords*>(tile + k * kTileRows);
+  weights[0] = reinterpret_cast<Floats>(pair << 16);
+  weights[1] = reinterpret_cast<Floats>(pair & 0xffff0000u);
 }
 
-// N kernel positions of kLanes rows, from position `s` on: sums[n] = bias + sum over k of weight[k] * feature[k][s + n].
+// N kernel positions of a tile, from position `s` on: sums[n][part] = bias + sum over k of weight[k] * feature[k][s + n].
 template <int N, typename Weight>
 inline __attribute__((always_inline)) void block(const Weight* tile, const Weight* bias, const float* feature,
-                                                 std::int64_t features, std::int64_t spatial, Floats* sums) {
-  Floats local[N];  // not `sums` itself: these stay in registers
-  for (int n = 0; n < N; ++n) local[n] = load(bias);
-  const auto add = [&](std::int64_t k, Floats weight) __attribute__((always_inline)) {
-    for (int n = 0; n < N; ++n) local[n] += weight * feature[k * spatial + n];
-  };
-  each_feature(tile, features, add);
-  for (int n = 0; n < N; ++n) sums[n] = local[n];
+                                                 std::int64_t features, std::int64_t spatial, Floats (*sums)[kParts]) {
+  constexpr int kStep = sizeof(Weight) == 2 ? 2 : 1;  // features of one load
+  Floats local[N][kParts];                            // not `sums` itself: these stay in registers
+  for (int n = 0; n < N; ++n) {
+    for (int part = 0; part < kParts; ++part) local[n][part] = load(bias + part * kLanes);
+  }
+  for (std::int64_t k = 0; k < features; k += kStep) {
+    Floats weights[kParts][kStep];
+    for (int part = 0; part < kParts; ++part) load_features(tile + part * kLanes * kStep, k, weights[part]);
+    for (int j = 0; j < kStep && k + j < features; ++j) {
+      for (int n = 0; n < N; ++n) {
+        for (int part = 0; part < kParts; ++part) local[n][part] += weights[part][j] * feature[(k + j) * spatial + n];
+      }
+    }
+  }
+  for (int n = 0; n < N; ++n) {
+    for (int part = 0; part < kParts; ++part) sums[n][part] = local[n][part];
+  }
 }
 
 enum class Put { kScatter, kStore, kStream };
@@ -127,33 +127,33 @@ struct Target {
 template <Put kPut, int N, typename Weight, typename Out>
 inline void tile_block(const Weight* tile, const Weight* bias, const float* feature, std::int64_t features,
                        const Target<Out> target, std::int64_t s) {
-  for (int part = 0; part < kParts; ++part) {
-    Floats sums[N];
-    const int lane = part * kLanes;
-    const Weight* weights = tile + lane * (sizeof(Weight) == 2 ? 2 : 1);
-    if (N == kBlock && features == 16 && target.spatial == N) {  // the usual case, with constant sizes
-      block<N>(weights, bias + lane, feature, 16, N, sums);
-    } else {
-      block<N>(weights, bias + lane, feature + s, features, target.spatial, sums);
-    }
-    if (kPut != Put::kScatter) {
-      Out* to = target.to + s * target.inputs + lane;
-      for (int n = 0; n < N; ++n, to += target.inputs) {
+  Floats sums[N][kParts];
+  if (features == 16 && target.spatial == 9) {  // the usual case, with constant sizes
+    block<N>(tile, bias, feature + s, 16, 9, sums);
+  } else {
+    block<N>(tile, bias, feature + s, features, target.spatial, sums);
+  }
+  if (kPut != Put::kScatter) {
+    Out* to = target.to + s * target.inputs;
+    for (int n = 0; n < N; ++n, to += target.inputs) {
+      for (int part = 0; part < kParts; ++part) {
         if (kPut == Put::kStream) {
-          stream(to, sums[n]);
+          stream(to + part * kLanes, sums[n][part]);
         } else {
-          store(to, sums[n]);
+          store(to + part * kLanes, sums[n][part]);
         }
       }
-      continue;
     }
-    Out values[N][kLanes];
-    for (int n = 0; n < N; ++n) store(values[n], sums[n]);
-    for (int j = 0; j < kLanes && lane + j < target.count; ++j) {
-      const std::int64_t row = target.first_row + lane + j, o = row / target.inputs, i = row % target.inputs;
-      Out* to = target.layer + (o * target.spatial + s) * target.inputs + i;
-      for (int n = 0; n < N; ++n) to[n * target.inputs] = values[n][j];
-    }
+    return;
+  }
+  Out values[N][kTileRows];
+  for (int n = 0; n < N; ++n) {
+    for (int part = 0; part < kParts; ++part) store(values[n] + part * kLanes, sums[n][part]);
+  }
+  for (int j = 0; j < target.count; ++j) {
+    const std::int64_t row = target.first_row + j, o = row / target.inputs, i = row % target.inputs;
+    Out* to = target.layer + (o * target.spatial + s) * target.inputs + i;
+    for (int n = 0; n < N; ++n) to[n * target.inputs] = values[n][j];
   }
 }
 
@@ -164,9 +164,9 @@ inline void tile_weights(const Weight* tile, const Weight* bias, const float* fe
   for (; s + kBlock <= target.spatial; s += kBlock) {
     tile_block<kPut, kBlock>(tile, bias, feature, features, target, s);
   }
-#define PUDNET_REST(N)                                                   \
-  case N:                                                                \
-    tile_block<kPut, N>(tile, bias, feature, features, target, s); \
+#define PUDNET_REST(N)                                                                          \
+  case N:                                                                                       \
+    if constexpr (N < kBlock) tile_block<kPut, N>(tile, bias, feature, features, target, s); \
     break;
   switch (target.spatial - s) {
     PUDNET_REST(1) PUDNET_REST(2) PUDNET_REST(3) PUDNET_REST(4) PUDNET_REST(5) PUDNET_REST(6) PUDNET_REST(7)
@@ -200,7 +200,7 @@ void tiles_typed(const TileRun& run, std::int64_t batch, std::int64_t features) 
         tile_weights<Put::kScatter>(tile, bias, feature, features, target);
         continue;
       }
-      if (run.stream && aligned) {
+      if (kStreams && run.stream && aligned) {
         tile_weights<Put::kStream>(tile, bias, feature, features, target);
       } else {
         tile_weights<Put::kStore>(tile, bias, feature, features, target);

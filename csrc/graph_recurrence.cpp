@@ -15,45 +15,18 @@ namespace {
 // Both recurrences share the cell; the walk over layers itself is not used here.
 #pragma GCC diagnostic ignored "-Wunused-function"
 
-namespace portable {
-#define PUDNET_LANES 4
-#include "graph_recurrence_kernel.h"
-#undef PUDNET_LANES
-}  // namespace portable
+struct Kernels {
+  void (*graph)(const GraphRecurrence&, float* scratch);
+};
 
-#ifdef PUDNET_X86
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#define PUDNET_LANES 8
-#include "graph_recurrence_kernel.h"
-#undef PUDNET_LANES
-}  // namespace avx2
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
-namespace avx512 {
-#define PUDNET_LANES 16
-#include "graph_recurrence_kernel.h"
-#undef PUDNET_LANES
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
+#define PUDNET_KERNEL "graph_recurrence_kernel.h"
+#include "kernel_copies.h"
 
 }  // namespace
 
 void graph_recurrence_cpu(const GraphRecurrence& args, const std::string& instruction_set) {
   std::vector<float> scratch(args.kinds * args.nodes * args.width + args.hidden + 7 * args.width);
-  switch (choose_instruction_set(instruction_set)) {
-#ifdef PUDNET_X86
-    case InstructionSet::kAvx512:
-      return avx512::graph(args, scratch.data());
-    case InstructionSet::kAvx2:
-      return avx2::graph(args, scratch.data());
-#endif
-    default:
-      return portable::graph(args, scratch.data());
-  }
+  choose_kernels(instruction_set).graph(args, scratch.data());
 }
 
 }  // namespace pudnet

@@ -39,3 +39,5 @@ void graph(const GraphRecurrence& args, float* scratch) {
     }
   }
 }
+
+constexpr Kernels kKernels = {&graph};

@@ -1,6 +1,7 @@
 // Which vector code runs on this CPU. A file X_kernel.h holds vector code written once, for registers of PUDNET_LANES
-// floats; X.cpp includes it once per instruction set, each time in a namespace of its own and under a `#pragma GCC
-// target`. Its functions may be called from OpenMP regions but contain none: an outlined region would lose the target.
+// floats; X.cpp includes it through kernel_copies.h once per instruction set, each time in a namespace of its own and under
+// a `#pragma GCC target`. Its functions may be called from OpenMP regions but contain none: an outlined region would lose the
+// target.
 #pragma once
 
 #include <cstdint>

@@ -18,58 +18,26 @@
 namespace pudnet {
 namespace {
 
-namespace portable {
-#define PUDNET_LANES 4
-#include "layer_recurrence_kernel.h"
-#include "layer_recurrence_batch_kernel.h"
-#undef PUDNET_LANES
-}  // namespace portable
+// All steps of datasets `first` .. `first` + `n` - 1.
+using Recurrence = void (*)(const LayerRecurrence&, std::int64_t first, std::int64_t n, float* scratch);
 
-#ifdef PUDNET_X86
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#define PUDNET_LANES 8
-#include "layer_recurrence_kernel.h"
-#include "layer_recurrence_batch_kernel.h"
-#undef PUDNET_LANES
-}  // namespace avx2
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
-namespace avx512 {
-#define PUDNET_LANES 16
-#include "layer_recurrence_kernel.h"
-#include "layer_recurrence_batch_kernel.h"
-#undef PUDNET_LANES
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
+struct Kernels {
+  Recurrence few, many;
+};
+
+#define PUDNET_KERNEL "layer_recurrence_batch_kernel.h"
+#include "kernel_copies.h"
 
 constexpr std::size_t kCacheLine = 64;
 constexpr std::int64_t kGroup = 32;  // datasets worked on together: each of their matrices fits the first-level cache
 constexpr std::int64_t kMany = 12;   // datasets from which on lanes, some of them idle, are faster than one by one
 
-using Recurrence = void (*)(const LayerRecurrence&, std::int64_t first, std::int64_t n, float* scratch);
-
-Recurrence choose(const std::string& name, bool many) {
-  switch (choose_instruction_set(name)) {
-#ifdef PUDNET_X86
-    case InstructionSet::kAvx512:
-      return many ? avx512::recurrence_of_many : avx512::recurrence;
-    case InstructionSet::kAvx2:
-      return many ? avx2::recurrence_of_many : avx2::recurrence;
-#endif
-    default:
-      return many ? portable::recurrence_of_many : portable::recurrence;
-  }
-}
-
 }  // namespace
 
 void layer_recurrence_cpu(const LayerRecurrence& args, int threads, const std::string& instruction_set) {
   const bool many = args.batch >= kMany;
-  const Recurrence recurrence = choose(instruction_set, many);
+  const Kernels& kernels = choose_kernels(instruction_set);
+  const Recurrence recurrence = many ? kernels.many : kernels.few;
   threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, args.batch)));
   const std::int64_t floats = (many ? kGroup : args.batch) * (args.layers + 8) * args.width;  // of scratch, for a thread
   const std::size_t used = threads * floats * sizeof(float);

@@ -1,5 +1,7 @@
 // The vector code of layer_recurrence.cpp for many datasets: one in each lane, so that nothing is summed across lanes.
-// Matrices are [rows][n], n a multiple of kLanes; see instruction_set.h. Included after layer_recurrence_kernel.h.
+// Matrices are [rows][n], n a multiple of kLanes; see instruction_set.h.
+
+#include "layer_recurrence_kernel.h"
 
 // R rows and V vectors of datasets: R * V sums in registers, R + V loads for them.
 template <int R, int V>
@@ -118,3 +120,5 @@ void recurrence_of_many(const LayerRecurrence& args, std::int64_t first, std::in
     }
   }
 }
+
+constexpr Kernels kKernels = {&recurrence, &recurrence_of_many};

@@ -54,43 +54,8 @@ struct Kernels {
   void (*cell_sums)(const Region&, const Cell&, std::int64_t channels);
 };
 
-namespace portable {
-#define PUDNET_LANES 4
-#include "patch_covariance_kernel.h"
-#undef PUDNET_LANES
-}  // namespace portable
-
-#ifdef PUDNET_X86
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#define PUDNET_LANES 8
-#include "patch_covariance_kernel.h"
-#undef PUDNET_LANES
-}  // namespace avx2
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
-namespace avx512 {
-#define PUDNET_LANES 16
-#include "patch_covariance_kernel.h"
-#undef PUDNET_LANES
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
-
-const Kernels& choose_kernels(const std::string& instruction_set) {
-  switch (choose_instruction_set(instruction_set)) {
-#ifdef PUDNET_X86
-    case InstructionSet::kAvx512:
-      return avx512::kernels;
-    case InstructionSet::kAvx2:
-      return avx2::kernels;
-#endif
-    default:
-      return portable::kernels;
-  }
-}
+#define PUDNET_KERNEL "patch_covariance_kernel.h"
+#include "kernel_copies.h"
 
 // Along one axis: pixels begin..end-1, and the kernel positions first..last whose patches use all of them.
 struct Band {

@@ -144,4 +144,4 @@ inline void cell_sums(const Region& region, const Cell& cell, std::int64_t chann
   }
 }
 
-constexpr Kernels kernels = {kRows, pack, add_pixels, cell_products, cell_sums};
+constexpr Kernels kKernels = {kRows, pack, add_pixels, cell_products, cell_sums};
