@@ -44,6 +44,7 @@ _logger = logging.getLogger("pudnet")
 # What use_backend asks for: op name -> backend; the key "" stands for every op.
 _asked: ContextVar[dict[str, str] | None] = ContextVar("pudnet_backend", default=None)
 _announced: set[tuple[str, str, str]] = set()
+_record: ContextVar[dict[str, str] | None] = ContextVar("pudnet_backend_record", default=None)
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ def call(op: str, device: torch.device, backend: str | None, *arguments: Any) ->
         if not reasons and not _call_reasons(table[name], arguments):
             if not torch.compiler.is_compiling():
                 _announce(op, name, device.type)
+                if (record := _record.get()) is not None:
+                    record[op] = name
             return table[name].run(*arguments)
     raise BackendUnavailableError(_refusal(op, candidates[0][0], device, arguments))
 
@@ -128,6 +131,17 @@ def use_backend(name: str, *ops: str) -> Iterator[None]:
         yield
     finally:
         _asked.reset(token)
+
+
+@contextmanager
+def recording() -> Iterator[dict[str, str]]:
+    """Within the block, note which backend ran each op in this thread or task: op -> backend."""
+    ran: dict[str, str] = {}
+    token = _record.set(ran)
+    try:
+        yield ran
+    finally:
+        _record.reset(token)
 
 
 def explain(device: str | torch.device = "cpu") -> dict[str, dict[str, list[str]]]:

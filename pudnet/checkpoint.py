@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -144,36 +144,51 @@ def list_pretrained() -> list[str]:
     return sorted(path.stem for path in PRETRAINED.glob("*.safetensors"))
 
 
-def find(name: str | os.PathLike[str], where: str) -> Path:
+class HubOptions(TypedDict, total=False):
+    """What ``huggingface_hub.hf_hub_download`` may be told."""
+
+    revision: str | None
+    cache_dir: str | Path | None
+    force_download: bool
+    local_files_only: bool
+    token: str | bool | None
+
+
+def find(name: str | os.PathLike[str], where: str, file: str = HUB_FILE, **hub: Unpack[HubOptions]) -> Path:
     """The file behind a path, a bundled name or a Hub id, tried in this order.
 
+    Args:
+        name: what is looked for; in a folder or repository, ``file``.
+        where: who says that there is none.
+        hub: for a Hub id. Without network, what is in the cache is found.
+
     Raises:
-        InputError: there is none; ``where`` is who says so.
+        InputError: there is none.
     """
     text = os.fspath(name)
     path = Path(text)
-    if path.is_dir() and (path / HUB_FILE).is_file():
-        return path / HUB_FILE
+    if path.is_dir() and (path / file).is_file():
+        return path / file
     if path.is_file():
         return path
-    if text in list_pretrained():
+    known = list_pretrained() if file == HUB_FILE else []
+    if text in known:
         return PRETRAINED / f"{text}.safetensors"
-    bundled = ", ".join(list_pretrained()) or "none"
+    bundled = ", ".join(known) or "none"
     if path.is_dir() or path.suffix == ".safetensors" or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text):
         rule = f"an existing file, a bundled name ({bundled}) or a Hub id (owner/name)"
         raise InputError(message(where, "name", rule, repr(text)))
-    return _download(text, where, bundled)
+    return _download(text, file, where, f"an existing file, a bundled name ({bundled}) or a Hub id with {file}", hub)
 
 
-def _download(repository: str, where: str, bundled: str) -> Path:
-    rule = f"an existing file, a bundled name ({bundled}) or a Hub id with {HUB_FILE}"
+def _download(repository: str, file: str, where: str, rule: str, hub: HubOptions) -> Path:
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
         hint = "For a Hub id, type: pip install huggingface_hub"
         raise InputError(message(where, "name", rule, repr(repository), hint)) from error
     try:
-        return Path(hf_hub_download(repository, HUB_FILE))
+        return Path(hf_hub_download(repository, file, **hub))
     except Exception as error:  # its errors share no base class: HTTP, missing repository or file, no network
         got = f"{repository!r} ({type(error).__name__}: {one_line(error)})"
         raise InputError(message(where, "name", rule, got)) from error

@@ -6,26 +6,27 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pudnet import checkpoint
-from pudnet._version import __version__
+from pudnet import backends, checkpoint, export, hub, provenance
 from pudnet.batchnorm import BATCH_SIZE, POLICIES, set_policy
+from pudnet.checkpoint import HubOptions
 from pudnet.data import ImageSource, Preprocess, open_images
 from pudnet.data.source import channels_last
 from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError, message, one_line
 from pudnet.features import feature_maps
-from pudnet.heads import Head, check_head, fit_head, head_from_config
+from pudnet.heads import Head, HeadFitter, check_head, head_from_config
 from pudnet.models.pudnet import PudNet
 from pudnet.optimised import OptimisedPudNet
 from pudnet.serving import Halves, Token, Watched, all_or_errors, attempt, check, in_threads, is_out_of_memory
@@ -37,6 +38,7 @@ T = TypeVar("T")
 STAGES = ("reading", "sketch", "weights", "calibration", "head")
 SKETCH_SIZE = 500
 BATCH = 256
+HEAD_PREFIX, FITTER_PREFIX = f"{checkpoint.OWN_PREFIX}head.", f"{checkpoint.OWN_PREFIX}fitter."
 CPU_BATCH = 32  # activations that stay in the cache: half the time of batches of 256 (convnet3)
 
 
@@ -103,7 +105,7 @@ class Classification(NamedTuple):
     probabilities: Tensor
 
 
-class PredictedModel(nn.Module):
+class PredictedModel(hub.Shared, nn.Module):
     """A finished classifier: a network with predicted weights and a head. A plain module, in eval mode.
 
     Attributes:
@@ -112,7 +114,10 @@ class PredictedModel(nn.Module):
         report: how it was made: seconds per stage, accuracy to expect, counts, warnings, provenance. JSON-able.
         target_name: name of the target network; None where it was a module of the caller's.
         batchnorm: the BatchNorm policy.
+        fitter: what the head remembers of its images, so that ``add`` can give it more; None without ``growable``.
     """
+
+    hub_file = "model.safetensors"
 
     def __init__(
         self,
@@ -124,6 +129,7 @@ class PredictedModel(nn.Module):
         batchnorm: str = "calibrated",
         target_name: str | None = None,
         report: Mapping[str, Any] | None = None,
+        fitter: HeadFitter | None = None,
     ) -> None:
         super().__init__()
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -133,6 +139,7 @@ class PredictedModel(nn.Module):
         self.batchnorm = batchnorm
         self.target_name = target_name
         self.report: dict[str, Any] = dict(report or {})
+        self.fitter = fitter
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -216,13 +223,134 @@ class PredictedModel(nn.Module):
             "seconds": time.perf_counter() - start,
         }
 
+    @torch.no_grad()
+    def add(
+        self, images: Any, labels: Any = None, *, new_classes: Sequence[str] = (), split: str = "train"
+    ) -> PredictedModel:
+        """A model that also knows these images, and more classes: the head is fitted anew, the network stays.
+
+        The earlier images are not read again. The head is the one that all images at once would have given on this
+        network, up to rounding (see ``HeadFitter``). This model goes on as it is; both share the network.
+
+        Args:
+            images, labels, split: in any form ``Predictor.predict`` takes; one class is enough.
+            new_classes: names of classes that come behind those of this model.
+
+        Raises:
+            InputError: the model was predicted without ``growable`` or with BatchNorm ``"batch"``; bad images; a class
+                that is neither the model's nor new, or a new one that is not new or has no images.
+        """
+        where = "PredictedModel.add"
+        if self.fitter is None:
+            hint = "Predict it with growable=True."
+            raise InputError(message(where, "the model", "one that keeps what its head needs", "another", hint))
+        if self.batchnorm == "batch":
+            rule = "'calibrated' or 'shared'"
+            raise InputError(message(where, "batchnorm", rule, "'batch'", "Answers depend on the other images there."))
+        classes = (*self.classes, *new_classes)
+        if len(set(classes)) < len(classes):
+            raise InputError(message(where, "new_classes", "new and different from each other", list(new_classes)))
+        clock = StageClock(self._device)
+        source = open_images(images, labels, size=self.preprocess.size, split=split, classes=classes)
+        fitter = copy.deepcopy(self.fitter).to(self._device)
+        fitter.add_classes(len(new_classes))
+        halves = Halves()
+        with clock.stage("head"):
+            fitter.add(
+                _mapped(self.network, self.preprocess, clock.iterate("reading", source), self.batchnorm, clock, halves)
+            )
+            head = fitter.fit()
+        grown = PredictedModel(
+            self.network, head, self.preprocess, classes,
+            batchnorm=self.batchnorm, target_name=self.target_name, report=self.report, fitter=fitter,
+        )  # fmt: skip
+        grown._report_added(source, new_classes, split, [*_memory_warnings(None, halves.limit)], clock)
+        return grown
+
+    def _report_added(
+        self, source: ImageSource, new_classes: Sequence[str], split: str, warnings: list[str], clock: StageClock
+    ) -> None:
+        """Bring the report up to date with images that were added."""
+        report, counts = self.report, dict(zip(source.classes, source.counts or (), strict=True))
+        old = report["class_counts"]
+        entry = {"n": sum(counts.values()), "new_classes": list(new_classes), "split": split}
+        found = report.get("provenance", {})
+        self.report = {
+            **report,
+            "seconds": {**report["seconds"], "added": report["seconds"].get("added", 0.0) + clock.total()},
+            "expected_accuracy": self.head.expected_accuracy,
+            "n": report["n"] + entry["n"],
+            "class_counts": {name: old.get(name, 0) + counts[name] for name in self.classes},
+            "skipped": report["skipped"] + [list(one) for one in source.skipped],
+            "warnings": report["warnings"] + list(source.warnings) + warnings,
+            "head": {"name": self.head.name, **self.head.info},
+            "provenance": {
+                **found,
+                "added": [*found.get("added", ()), entry],
+                "model_sha256": provenance.digest_model(self.network, self.head),
+            },
+        }
+
+    def export(self, path: str | os.PathLike[str]) -> None:
+        """Write the model for use without pudnet; the suffix of ``path`` says how.
+
+        - ``.onnx`` and ``.pt2``: the whole model, with a free number of images: ``images`` uint8 RGB
+          ``[n, size, size, 3]`` -> ``logits`` and ``probabilities`` ``[n, K]``. Normalisation is inside; resizing is
+          not (``preprocess.resize``, or docs/production.md). ONNX files are checked with onnxruntime.
+        - ``.safetensors``: what ``save`` writes.
+
+        Class names, sizes and the report travel with each: ``pudnet.export.describe`` says where.
+
+        Raises:
+            InputError: another suffix, a path that cannot be written, or packages that are not installed.
+            PudnetError: onnxruntime gives other outputs than this model.
+        """
+        if os.fspath(path).endswith(".safetensors"):
+            return self.save(path)
+        # Neither what only `add` needs nor what is on a GPU.
+        plain = copy.deepcopy(self, {id(self.fitter): None}).cpu().requires_grad_(False)
+        return export.export(plain, self.preprocess, self._config(), path)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], *, target: nn.Module | None = None, **options: Unpack[HubOptions]
+    ) -> PredictedModel:
+        """Read a model: a file, a folder with ``model.safetensors``, or a repository of the Hugging Face Hub.
+
+        Args:
+            target: see ``pudnet.load``.
+            options: of huggingface_hub, for a repository: revision, cache_dir, local_files_only, force_download, token.
+
+        Raises:
+            InputError: there is no such file or repository.
+            CheckpointError: the file is damaged, of another version or kind, or does not fit ``target``.
+        """
+        return load(checkpoint.find(name, "PredictedModel.from_pretrained", cls.hub_file, **options), target)
+
+    def card_parts(self, name: str) -> dict[str, Any]:
+        """See ``pudnet.hub.Shared``."""
+        return hub.model_card(name, self._config())
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one file that ``pudnet.load`` reads back to equal outputs.
+
+        The network's tensors have their own names, the rest of them start with ``pudnet.``: without those, any module
+        of the same architecture loads the file's as its state dict.
 
         Raises:
             InputError: the path cannot be written.
         """
-        config = {
+        config = self._config()
+        # Clones: a weight that two layers share would otherwise be refused.
+        tensors = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
+        tensors |= {f"{HEAD_PREFIX}{name}": tensor for name, tensor in self.head.state.items()}
+        if self.fitter is not None:
+            config["fitter"], remembered = self.fitter.state()
+            tensors |= {f"{FITTER_PREFIX}{name}": tensor for name, tensor in remembered.items()}
+        checkpoint.save(path, "model", config, tensors)
+
+    def _config(self) -> dict[str, Any]:
+        return {
             "target": self.target_name,
             "preprocess": self.preprocess.to_dict(),
             "classes": list(self.classes),
@@ -230,10 +358,6 @@ class PredictedModel(nn.Module):
             "head": self.head.config(),
             "report": self.report,
         }
-        # Clones: a weight that two layers share would otherwise be refused.
-        tensors = {f"network.{name}": tensor.clone() for name, tensor in self.network.state_dict().items()}
-        tensors |= {f"head.{name}": tensor for name, tensor in self.head.state.items()}
-        checkpoint.save(path, "model", config, tensors)
 
 
 def load(path: str | os.PathLike[str], target: nn.Module | None = None) -> PredictedModel:
@@ -257,15 +381,19 @@ def load(path: str | os.PathLike[str], target: nn.Module | None = None) -> Predi
         else:
             with torch.random.fork_rng(devices=[]):
                 network, _ = build_target(str(name))
-        weights = _part(tensors, "network.")
+        weights = {name: tensor for name, tensor in tensors.items() if not name.startswith(checkpoint.OWN_PREFIX)}
         _match_batch_norms(network, weights)
         checkpoint.fill(network, weights)
-        head, classes = head_from_config(config["head"], _part(tensors, "head.")), config["classes"]
+        head, classes = head_from_config(config["head"], _part(tensors, HEAD_PREFIX)), config["classes"]
         if config["batchnorm"] not in POLICIES:
             raise CheckpointError(message(where, "batchnorm", f"one of {POLICIES}", repr(config["batchnorm"])))
         strings = isinstance(classes, list) and all(isinstance(label, str) for label in classes)
         if not strings or len(classes) != head.num_classes:
             raise CheckpointError(message(where, "classes", f"a list of {head.num_classes} names", repr(classes)))
+        fitter = None
+        if "fitter" in config:
+            remembered = _part(tensors, FITTER_PREFIX)
+            fitter = HeadFitter.from_state(head.name, head.num_classes, config["fitter"], remembered)
         return PredictedModel(
             network,
             head,
@@ -274,6 +402,7 @@ def load(path: str | os.PathLike[str], target: nn.Module | None = None) -> Predi
             batchnorm=config["batchnorm"],
             target_name=name,
             report=config["report"],
+            fitter=fitter,
         )
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RuntimeError) as error:
         got = f"{str(path)!r} ({one_line(error)})"
@@ -302,7 +431,7 @@ def _match_batch_norms(network: nn.Module, weights: Mapping[str, Tensor]) -> Non
             norm.running_mean = norm.running_var = norm.num_batches_tracked = None
 
 
-class Predictor:
+class Predictor(hub.Shared):
     """Predicts a classifier from a dataset with a trained hypernetwork.
 
     Args:
@@ -348,6 +477,7 @@ class Predictor:
         device: str | torch.device | None = None,
         optimize: bool = False,
         dtype: torch.dtype = torch.float32,
+        **options: Unpack[HubOptions],
     ) -> Predictor:
         """Load a trained hypernetwork.
 
@@ -357,16 +487,25 @@ class Predictor:
             target: the target network, where the checkpoint was made for a module and not a name.
             device: where to run; None for the CPU.
             optimize, dtype: as for ``Predictor``.
+            options: of huggingface_hub, for a repository: revision, cache_dir, local_files_only, force_download, token.
 
         Raises:
             InputError: there is no such file, name or repository.
             CheckpointError: the file is damaged, of another version, or not a hypernetwork.
         """
-        path = checkpoint.find(name, "Predictor.from_pretrained")
+        path = checkpoint.find(name, "Predictor.from_pretrained", **options)
         net = PudNet.load(path, target=target)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         origin = {"checkpoint": str(name), "sha256": digest}
         return cls(net, device=device, optimize=optimize, dtype=dtype, origin=origin)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the hypernetwork; see ``PudNet.save``."""
+        self.net.save(path, card=self.net.card)
+
+    def card_parts(self, name: str) -> dict[str, Any]:
+        """See ``pudnet.hub.Shared``."""
+        return self.net.card_parts(name)
 
     @property
     def device(self) -> torch.device:
@@ -447,6 +586,7 @@ class Predictor:
         seed: int = 0,
         split: str = "train",
         classes: Sequence[str] | None = None,
+        growable: bool = False,
         cancel: Token | None = None,
     ) -> PredictedModel:
         """Predict a classifier for a dataset: read, sketch, weights, BatchNorm statistics, head.
@@ -464,6 +604,8 @@ class Predictor:
             seed: of everything random.
             split: which part of a source that has several.
             classes: class names in label order; None for those of the source.
+            growable: keep what ``PredictedModel.add`` needs, in the model and in its file: up to max(F, 2048) rows of
+                F features and, beyond so many images, an F x F matrix (``convnet3``: 43 and 85 MB at most).
             cancel: a ``threading.Event`` or alike; looked at between stages and between batches of images.
 
         Raises:
@@ -475,9 +617,67 @@ class Predictor:
         _require(sketch, (Sketch, type(None)), where, "sketch", "Make one with predictor.sketch(images, labels).")
         source, sample, clock = self._sample(images, labels, sketch_size, seed, split, classes, cancel)
         seen = sample if sketch is None else sketch
-        with clock.stage("weights"):
+        with clock.stage("weights"), self._recording() as ran:
             network = self.net.materialise(self.generate(seen))
-        return self._finish(network, source, sample, seen, head, batchnorm, seed, clock)
+        settings = {
+            "head": head,
+            "batchnorm": batchnorm,
+            "sketch_size": sketch_size,
+            "seed": seed,
+            "split": split,
+            "classes": None if classes is None else list(classes),
+            "growable": growable,
+            "together": 1,
+            "backends": ran,
+        }
+        return self._finish(network, source, sample, seen, settings, clock)
+
+    def remake(
+        self,
+        report: Mapping[str, Any],
+        images: Any,
+        labels: Any = None,
+        *,
+        sketch: Sketch | None = None,
+        added: Sequence[tuple[Any, Any]] = (),
+    ) -> PredictedModel:
+        """Make a model again from its record: the same to the last bit on the same machine, or an error.
+
+        Args:
+            report: ``report`` of the model, or its ``report["provenance"]``.
+            images, labels, sketch: what the model was predicted from.
+            added: (images, labels) of each ``PredictedModel.add`` since then.
+
+        Raises:
+            CheckpointError: this predictor is of another checkpoint than the recorded one.
+            InputError: other images than the recorded ones, or a report without a record.
+            PudnetError: the model differs from the recorded one; the message lists what else does.
+        """
+        record = report.get("provenance", report)
+        steps = record.get("added", ())
+        if "model_sha256" not in record or len(steps) != len(added):
+            rule = f"of a model that was predicted by pudnet, and to which {len(added)} datasets were added"
+            raise InputError(message("Predictor.remake", "report", rule, f"{sorted(record)}, {len(steps)} added"))
+        provenance.require_net(record, self._net_sha256)
+        names = ("head", "batchnorm", "sketch_size", "seed", "split", "classes", "growable")
+        model = self.predict(images, labels, sketch=sketch, **{name: record[name] for name in names})
+        provenance.require_sketch(record, model.report["provenance"])
+        for (more, more_labels), step in zip(added, steps, strict=True):
+            model = model.add(more, more_labels, new_classes=step["new_classes"], split=step["split"])
+        provenance.require_equal(record, model.report["provenance"])
+        return model
+
+    @functools.cached_property
+    def _net_sha256(self) -> str:
+        return provenance.digest(self.net.state_dict())
+
+    @contextmanager
+    def _recording(self) -> Iterator[dict[str, str]]:
+        """Within the block, note which backend each op ran on."""
+        with backends.recording() as ran:
+            yield ran
+        if self._fast is not None:
+            ran["generate_weights"] = self._fast.backend
 
     @torch.no_grad()
     def predict_batch(
@@ -518,7 +718,18 @@ class Predictor:
             source, sample, clock = ready
             clock.seconds["weights"] += share
             network = self.net.materialise(weights)
-            model = self._finish(network, source, sample, sample, head, batchnorm, seed, clock)
+            settings = {
+                "head": head,
+                "batchnorm": batchnorm,
+                "sketch_size": sketch_size,
+                "seed": seed,
+                "split": split,
+                "classes": None,
+                "growable": False,
+                "together": len(sketches),
+                "backends": ran,
+            }
+            model = self._finish(network, source, sample, sample, settings, clock)
             seconds = model.report["seconds"]
             seconds["total"] = sum(seconds[stage] for stage in STAGES)  # the clock also saw the other datasets
             return model
@@ -526,7 +737,8 @@ class Predictor:
         ready = [attempt(sampled, pair) for pair in pairs]
         sketches = [one[1] for one in ready if not isinstance(one, Exception)]
         start = time.perf_counter()
-        parts = list(Halves().run(self.generate, sketches)) if sketches else []  # {name: [b, O, I, kH, kW]}, b
+        with self._recording() as ran:
+            parts = list(Halves().run(self.generate, sketches)) if sketches else []  # {name: [b, O, I, kH, kW]}, b
         share = (time.perf_counter() - start) / max(1, len(sketches))
         weights = ({name: several[row] for name, several in part.items()} for part, b in parts for row in range(b))
         results = [one if isinstance(one, Exception) else attempt(finished, one, next(weights)) for one in ready]
@@ -613,24 +825,24 @@ class Predictor:
         source: ImageSource,
         sample: Sketch,
         seen: Sketch,
-        head: str,
-        batchnorm: str,
-        seed: int,
+        settings: Mapping[str, Any],
         clock: StageClock,
     ) -> PredictedModel:
-        """``finish``, and what the report says of the hypernetwork; ``seen`` is the sketch that decided the weights."""
-        model = finish(
-            network, source, sample, self.net.preprocess, head=head, batchnorm=batchnorm, seed=seed, clock=clock
-        )
+        """``finish``, and what made the model; ``seen`` is the sketch that decided the weights."""
+        options = {name: settings[name] for name in ("head", "batchnorm", "seed", "growable")}
+        model = finish(network, source, sample, self.net.preprocess, clock=clock, **options)
         model.target_name = self.net.target_name
         model.report["provenance"] = {
             **self.origin,
+            "net_sha256": self._net_sha256,
             "target": self.net.target_name,
-            "pudnet": __version__,
-            "torch": torch.__version__,
-            "device": str(self.device),
-            "seed": seed,
+            **provenance.environment(self.device),
+            "optimize": self._fast is not None,
+            "dtype": str(torch.float32 if self._fast is None else self._fast.dtype).removeprefix("torch."),
+            **settings,
             "sketch_images": len(seen.images),
+            "sketch": provenance.describe_sketch(seen),
+            "model_sha256": provenance.digest_model(model.network, model.head),
         }
         return model
 
@@ -658,6 +870,7 @@ def finish(
     head: str = "ridge",
     batchnorm: str = "calibrated",
     seed: int = 0,
+    growable: bool = False,
     clock: StageClock | None = None,
 ) -> PredictedModel:
     """Turn a network that has its convolution weights into a classifier of ``source``: BatchNorm statistics and head.
@@ -666,34 +879,24 @@ def finish(
         network: with weights from anywhere; it becomes part of the model and is changed.
         source: the training images.
         sketch: the random sample of them that BatchNorm is calibrated on.
+        growable: the model keeps what ``PredictedModel.add`` needs.
         clock: to go on counting on; None for a new one.
     """
     device = _device_of(network)
     clock = clock or StageClock(device)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def prepared(images: Tensor) -> Tensor:
-        return preprocess.normalise(images.to(device)).contiguous(memory_format=torch.channels_last)
-
-    def maps_of(piece: Tensor) -> list[Tensor]:
-        clock.check()
-        return feature_maps(network, prepared(piece))
-
     halves = Halves(batchnorm != "batch")
-
-    def mapped() -> Iterator[tuple[list[Tensor], Tensor]]:
-        for images, labels in clock.iterate("reading", ordered(source, batchnorm, seed)):
-            done = 0
-            for piece in _pieces(images, batchnorm, device):
-                for maps, count in halves.run(maps_of, piece):
-                    yield maps, labels[done : done + count]
-                    done += count
-
+    images = _prepared(preprocess, preprocess.resize(sketch.images), device)
+    fitter = HeadFitter(head, len(source.classes), seed=seed)
     with clock.stage("calibration"):
-        calibrated_on = _set_policy(network, batchnorm, prepared(preprocess.resize(sketch.images)), seed)
+        calibrated_on = _set_policy(network, batchnorm, images, seed)
     with clock.stage("head"):
-        fitted = fit_head(head, mapped(), len(source.classes), seed=seed)
-    model = PredictedModel(network, fitted, preprocess, source.classes, batchnorm=batchnorm)
+        batches = clock.iterate("reading", ordered(source, batchnorm, seed))
+        fitter.add(_mapped(network, preprocess, batches, batchnorm, clock, halves))
+        fitted = fitter.fit()
+    kept = fitter if growable else None
+    model = PredictedModel(network, fitted, preprocess, source.classes, batchnorm=batchnorm, fitter=kept)
     total = clock.total()
     model.report = {
         "seconds": {**clock.seconds, "total": total},
@@ -706,6 +909,34 @@ def finish(
         "batchnorm": batchnorm,
     }
     return model
+
+
+def _prepared(preprocess: Preprocess, images: Tensor, device: torch.device) -> Tensor:
+    """Resized uint8 images -> what the network reads."""
+    return preprocess.normalise(images.to(device)).contiguous(memory_format=torch.channels_last)
+
+
+def _mapped(
+    network: nn.Module,
+    preprocess: Preprocess,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    batchnorm: str,
+    clock: StageClock,
+    halves: Halves,
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Feature maps and labels of every image."""
+    device = _device_of(network)
+
+    def maps_of(piece: Tensor) -> list[Tensor]:
+        clock.check()
+        return feature_maps(network, _prepared(preprocess, piece, device))
+
+    for images, labels in batches:
+        done = 0
+        for piece in _pieces(images, batchnorm, device):
+            for maps, count in halves.run(maps_of, piece):
+                yield maps, labels[done : done + count]
+                done += count
 
 
 def _set_policy(network: nn.Module, batchnorm: str, images: Tensor, seed: int) -> int | None:

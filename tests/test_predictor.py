@@ -365,7 +365,7 @@ def test_load_refuses_a_model_whose_parts_do_not_fit(model: pudnet.PredictedMode
     path = tmp_path / "model"
     model.save(path)
     config, tensors = checkpoint.load(path, "model")
-    name = "network.norms.1.running_mean"
+    name = "norms.1.running_mean"
     changes: list[tuple[dict[str, Any], dict[str, Tensor]]] = [
         (config, {key: tensor for key, tensor in tensors.items() if key != name}),
         (config, {**tensors, name: torch.zeros(5)}),

@@ -15,13 +15,14 @@ from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from types import BuiltinFunctionType, FunctionType
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from pudnet import checkpoint
+from pudnet import checkpoint, hub
 from pudnet.batchnorm import set_policy
+from pudnet.checkpoint import HubOptions
 from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError, message, one_line
 from pudnet.graphs import ArchGraph, trace
 from pudnet.nn.decoder import Plan, TilingDecoder
@@ -104,7 +105,7 @@ class Prepared:
         return Prepared(self.batch.to(device), self.plan.to(device))
 
 
-class GHN(nn.Module):
+class GHN(hub.Shared, nn.Module):
     """A graph hypernetwork.
 
     Args:
@@ -294,6 +295,12 @@ class GHN(nn.Module):
         tensors = {name: tensor.half() if half else tensor for name, tensor in self.state_dict().items()}
         checkpoint.save(path, KIND, config, tensors)
 
+    def card_parts(self, name: str) -> dict[str, Any]:
+        """See ``pudnet.hub.Shared``."""
+        kind = "A graph hypernetwork: an architecture in, all of its parameters out."
+        usage = "network = pudnet.GHN.from_pretrained({name}).predict(module)  # any nn.Module"
+        return hub.hypernetwork_card(name, kind, usage, dataclasses.asdict(self.config), self.card)
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> GHN:
         """Read a checkpoint written by ``save``, in evaluation mode.
@@ -313,13 +320,22 @@ class GHN(nn.Module):
         return ghn.eval()
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike[str], *, device: str | torch.device | None = None) -> GHN:
-        """Load a trained GHN: an existing file, a bundled name, or a Hub id, in this order.
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        device: str | torch.device | None = None,
+        **options: Unpack[HubOptions],
+    ) -> GHN:
+        """Load a trained GHN: an existing file or folder, a bundled name, or a Hub id, in this order.
+
+        Args:
+            options: of huggingface_hub, for a repository: revision, cache_dir, local_files_only, force_download, token.
 
         Raises:
             InputError: there is no such file, name or repository. CheckpointError: it is not a GHN.
         """
-        ghn = cls.load(checkpoint.find(name, "GHN.from_pretrained"))
+        ghn = cls.load(checkpoint.find(name, "GHN.from_pretrained", **options))
         return ghn if device is None else ghn.to(device)
 
 

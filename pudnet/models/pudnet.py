@@ -10,13 +10,14 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pudnet import bind, checkpoint
+from pudnet import bind, checkpoint, hub
+from pudnet.checkpoint import HubOptions
 from pudnet.data.preprocess import Preprocess, uint8_batch
 from pudnet.errors import CheckpointError, InputError, message, one_line
 from pudnet.nn.embedding import DatasetEmbedding
@@ -85,7 +86,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 Images = Any  # uint8 NHWC array or tensor, or Sketch
 
 
-class PudNet(nn.Module):
+class PudNet(hub.Shared, nn.Module):
     """A hypernetwork for one target network.
 
     Args:
@@ -250,12 +251,38 @@ class PudNet(nn.Module):
             card: anything JSON-able about how it was made.
             half: store float16 (half the size; about three decimal digits).
         """
-        config = {"target": self.target_name, "pudnet": dataclasses.asdict(self.config), "card": dict(card or {})}
+        config = {
+            "target": self.target_name,
+            "pudnet": dataclasses.asdict(self.config),
+            "card": dict(self.card if card is None else card),
+        }
         tensors = {
             name: tensor.half() if half and tensor.is_floating_point() else tensor
             for name, tensor in self.state_dict().items()
         }
         checkpoint.save(path, "predictor", config, tensors)
+
+    def card_parts(self, name: str) -> dict[str, Any]:
+        """See ``pudnet.hub.Shared``."""
+        kind = "A hypernetwork: a sample of a dataset in, the convolution weights of a network for it out."
+        usage = "predictor = pudnet.Predictor.from_pretrained({name})\nmodel = predictor.predict('flowers/')"
+        config = {"target": self.target_name or "a module of the author's", **dataclasses.asdict(self.config)}
+        return hub.hypernetwork_card(name, kind, usage, config, self.card)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], *, target: nn.Module | None = None, **options: Unpack[HubOptions]
+    ) -> PudNet:
+        """Load a trained hypernetwork: a file or folder, a bundled name, or a Hub id, in this order.
+
+        Args:
+            target: see ``load``.
+            options: of huggingface_hub, for a repository: revision, cache_dir, local_files_only, force_download, token.
+
+        Raises:
+            InputError: there is no such file, name or repository. CheckpointError: it is not a PudNet that fits.
+        """
+        return cls.load(checkpoint.find(name, "PudNet.from_pretrained", **options), target=target)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, target: nn.Module | None = None) -> PudNet:
