@@ -218,6 +218,24 @@ def test_unusual_parameters_agree_between_the_two_paths(ghn: GHN) -> None:
     assert torch.isfinite(ghn.predict(module)(torch.randn(2, 3, 32, 32))).all()
 
 
+def test_transposed_convolutions_are_decoded_as_convolutions(ghn: GHN) -> None:
+    """With kernels of one pixel both are the same map, and both graphs are the same: so must the outputs be."""
+    x = torch.randn(2, 6, 4, 4)
+    for groups in (1, 2, 6):
+        down, up = (layer(6, 12, 1, groups=groups) for layer in (nn.Conv2d, nn.ConvTranspose2d))
+        outputs = []
+        for layer in (down, up):
+            net = nn.Sequential(layer, nn.PReLU())
+            for parameters in (ghn.generate(net), ghn([trace(net, (6, 4, 4))])[0]):
+                assert {name: value.shape for name, value in parameters.items()} == {
+                    name: value.shape for name, value in net.named_parameters()
+                }
+                outputs.append(torch.func.functional_call(net, parameters, (x,)).detach())
+        assert float(outputs[0].std()) > 0
+        for other in outputs[1:]:
+            torch.testing.assert_close(other, outputs[0])
+
+
 def test_predict_makes_an_independent_copy(ghn: GHN) -> None:
     module = small_networks()["resnet"].train()
     module.conv1.weight.requires_grad_(False)

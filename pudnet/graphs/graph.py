@@ -42,8 +42,8 @@ class GraphParameter:
         shape: as the module stores it.
         node: index of the node.
         kind: ``"weight"`` (convolution or linear), ``"scale"`` (a norm's weight, or any per-channel factor),
-            ``"bias"`` (whatever is added per channel), or ``"table"`` (of positions).
-        transposed: a linear weight stored ``[I, O]``.
+            ``"bias"`` (whatever is added per channel, and slopes), or ``"table"`` (of positions).
+        transposed: a weight stored with its inputs first: ``[I, O]``, ``[I, O / groups, kH, kW]``.
     """
 
     name: str

@@ -275,6 +275,6 @@ def _placed(slot: Slot, block: Tensor) -> Tensor:
     tiled = tile(kernel, slot.decoded)
     if slot.is_sequence:
         tiled = tiled.flatten(2)[0, :, : slot.stored[-2]].t()  # (1, c, h, w) -> (n, c)
-    elif slot.transposed:
-        tiled = tiled.flatten(1).t()
+    elif slot.transposed:  # (O, I / groups, ...) -> (I, O / groups, ...), group by group
+        tiled = tiled.unflatten(0, (slot.decoded[0] // slot.stored[1], -1)).transpose(1, 2)
     return tiled.reshape(slot.stored)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pudnet.errors import DtypeError, InputError, ShapeError
 from pudnet.graphs import ArchGraph, trace
+from pudnet.targets.unet import UNet
 
 
 class Net(nn.Module):
@@ -64,6 +65,8 @@ def test_a_chain() -> None:
         (nn.Conv2d(8, 8, 3, groups=4), "sep_conv"),
         (nn.Conv2d(8, 8, 3, groups=8, dilation=2), "dil_conv"),
         (nn.Linear(8, 8), "conv"),
+        (nn.ConvTranspose2d(8, 8, 3), "conv"),
+        (nn.ConvTranspose2d(8, 8, 3, groups=2), "sep_conv"),
     ],
 )
 def test_kinds_of_convolution(conv: nn.Module, primitive: str) -> None:
@@ -192,6 +195,36 @@ def test_factors_biases_and_stored_transposes() -> None:
     assert graph.nodes[4].shape == (10, 3, 1, 1)
 
 
+def test_transposed_convolutions_have_the_shape_of_convolutions() -> None:
+    up = nn.ConvTranspose2d(6, 4, (2, 5), stride=2, groups=2, bias=False)
+    forward = lambda net, x: F.conv_transpose2d(x, net.up.weight, None, 2, 0, 0, 2)  # noqa: E731
+    for net in (Net(lambda net, x: net.up(x), up=up), Net(forward, up=up)):
+        graph = trace(net, (6, 8, 8))
+        assert primitives(graph) == ["input", "sep_conv"]
+        assert graph.nodes[1].shape == (4, 3, 2, 5)
+        assert (graph.parameters[0].shape, graph.parameters[0].transposed) == ((6, 2, 2, 5), True)
+    both = Net(lambda net, x: F.conv_transpose2d(net.c(x), net.c.weight), c=nn.Conv2d(3, 3, 3))
+    with pytest.raises(InputError, match=r"whose weight or bias|used both"):
+        trace(both)
+
+
+def test_the_unet_preset() -> None:
+    graph = trace(UNet(width=4, depth=2))
+    assert graph.unpredicted == ()
+    assert sum(parameter.transposed for parameter in graph.parameters) == 5
+    assert primitives(graph).count("concat") == 2
+
+
+def test_learned_slopes_are_decoded_like_biases() -> None:
+    for layer, size in ((nn.PReLU(), 1), (nn.PReLU(8), 8)):
+        by_hand = Net(lambda net, x: F.prelu(net.c(x), net.a.weight), c=nn.Conv2d(3, 8, 3, bias=False), a=layer)
+        for net in (by_hand, nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), layer)):
+            graph = trace(net)
+            assert primitives(graph) == ["input", "conv", "bias"]
+            assert graph.parameters[1].kind == "bias"
+            assert graph.nodes[2].shape == (size, 1, 1, 1)
+
+
 def test_one_module_called_twice_is_two_nodes_and_one_parameter() -> None:
     graph = trace(Net(lambda net, x: net.c(F.relu(net.c(x))), c=nn.Conv2d(3, 3, 3, bias=False)))
     assert primitives(graph) == ["input", "conv", "conv"]
@@ -263,10 +296,10 @@ def test_every_unknown_operation_is_listed_with_its_place() -> None:
     with pytest.raises(InputError, match=r"cumsum in 'inner'.*fft_fft") as error:
         trace(net)
     assert str(error.value).startswith("graphs.trace: ")
-    with pytest.raises(InputError, match="prelu"):
-        trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.PReLU()))
-    with pytest.raises(InputError, match=r"ConvTranspose2d|conv_transpose2d"):
-        trace(nn.Sequential(nn.ConvTranspose2d(3, 8, 3)))
+    with pytest.raises(InputError, match="conv3d in '0'"):
+        trace(nn.Sequential(nn.Conv3d(3, 8, 3)), (3, 4, 4, 4))
+    with pytest.raises(InputError, match="embedding in 'words'"):
+        trace(Net(lambda net, x: net.words(x.long()), words=nn.Embedding(5, 8)), (7,))
 
 
 @pytest.mark.parametrize(
