@@ -65,6 +65,8 @@ def export(model: nn.Module, preprocess: Preprocess, config: Mapping[str, Any], 
     if suffix not in writers:
         rule = f"a file name that ends in .safetensors, {' or '.join(writers)}"
         raise InputError(message(where, "path", rule, repr(os.fspath(path))))
+    if suffix == ".onnx":
+        _require_onnx()
     header = json.dumps(describe(preprocess, config))
     deployed = Deployed(model, preprocess).eval()
     with atomic_path(path, where) as temporary:
@@ -120,13 +122,18 @@ def _pt2(program: ExportedProgram, deployed: Deployed, header: str, path: Path) 
     path.write_bytes(buffer.getbuffer())
 
 
-def _onnx(program: ExportedProgram, deployed: Deployed, header: str, path: Path) -> None:
+def _require_onnx() -> None:
     try:
-        import onnxruntime
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401  (torch.onnx needs it)
     except ImportError as error:
         hint = "Type: pip install 'pudnet[onnx]'"
         raise InputError(message("export", "path", "of a kind whose packages are installed", error, hint)) from error
+
+
+def _onnx(program: ExportedProgram, deployed: Deployed, header: str, path: Path) -> None:
+    import onnxruntime
+
     # Not optimised: the optimiser takes the 1e-8 under the roots of `pool_features` for zero, and outputs become NaN
     # (onnxscript 0.7.2). onnxruntime optimises for itself.
     exported = torch.onnx.export(

@@ -152,7 +152,7 @@ def model_card(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         "title": name.rpartition("/")[2],
         "summary": "An image classifier. Its convolution weights were predicted from a sample of its training images "
         "in one forward pass of a hypernetwork ([arXiv 2310.11862](https://arxiv.org/abs/2310.11862)); its last layer "
-        "was fitted in closed form. The accuracy to expect is a leave-one-out estimate, not a measurement on test images.",
+        "was fitted in closed form. The accuracy to expect is a leave-one-out estimate, not measured on test images.",
         "usage": _python(
             f"import pudnet\n\nmodel = pudnet.PredictedModel.from_pretrained({name!r})\n"
             "labels, probabilities = model.classify(images)  # uint8 [n, H, W, C], any size"
