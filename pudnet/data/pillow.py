@@ -25,11 +25,12 @@ def rgb_array(image: Image) -> Array:
         ValueError: a float image holds NaN or infinity.
         OSError: the pixels cannot be decoded.
     """
-    from PIL import ImageOps
+    from PIL import ExifTags, ImageOps
 
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # it would copy an upright image
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # "I" is 32-bit, in practice a 16-bit file
-        grey: Array = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)[..., None]
+        grey: Array = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)[..., None]
         return grey
     if image.mode == "F":
         values = np.asarray(image)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import struct
 import sys
 import tempfile
+import tokenize
 import weakref
 import zipfile
 import zlib
@@ -25,6 +27,12 @@ __all__ = ["ImageSource", "open_images"]
 
 Array = np.ndarray[Any, Any]
 CHANNELS = (1, 3, 4)
+BOMB_BYTES, BOMB_RATIO = 2**28, 200  # images compress 2 to 10 times
+# What numpy and zipfile raise at damaged files, the most surprising at lengths and methods that bytes were flipped in.
+DAMAGED_NPZ = (
+    OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, SyntaxError, OverflowError, MemoryError,
+    RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError,
+)  # fmt: skip
 KINDS = "a folder, an .npz file, an array or tensor with labels, or a Dataset, DataLoader or iterable of (image, label)"
 
 
@@ -326,6 +334,8 @@ def _open_npz(
         with open(path, "rb") as start:
             if start.read(2) not in (b"PK", b"\x93N"):  # numpy would take it for a pickle, and advise to trust it
                 raise ValueError("neither")
+        if zipfile.is_zipfile(path):
+            _refuse_bomb(path)
         loaded = np.load(path, allow_pickle=False)
         if not isinstance(loaded, np.lib.npyio.NpzFile):
             raise ValueError("a single array")
@@ -333,7 +343,7 @@ def _open_npz(
             keys = list(file.files)
             arrays: dict[str, Array] = {key: file[key] for key in keys if key in ("y_train", "y_test", "class_names")}
             images = _npz_images(file, keys, split, path)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
+    except DAMAGED_NPZ as error:
         if isinstance(error, InputError):
             raise
         got = f"{str(path)!r} ({' '.join(str(error).split()) or type(error).__name__})"
@@ -348,6 +358,14 @@ def _open_npz(
     if known is not None and "y_test" in values:
         index_labels(values["y_test"], names, None, known)  # the parts must agree, whichever is read
     return source
+
+
+def _refuse_bomb(path: Path) -> None:
+    """Raise ValueError where an archive grows so much that no images can be in it."""
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.file_size > BOMB_BYTES and member.file_size > BOMB_RATIO * member.compress_size:
+                raise ValueError(f"a decompression bomb: {member.compress_size} bytes become {member.file_size}")
 
 
 def _listed(names: Sequence[str]) -> str:

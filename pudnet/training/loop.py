@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import tempfile
@@ -11,7 +12,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from pudnet import checkpoint
 from pudnet.errors import CheckpointError, InputError, message, one_line
+from pudnet.files import atomic_path
 from pudnet.training.config import Settings
 
 logger = logging.getLogger("pudnet")
@@ -209,7 +211,7 @@ def _fit(
         except OSError as error:
             got = f"{str(folder)!r} ({error.strerror})"
             raise InputError(message("train", "run.output", "a folder that can be written", got)) from error
-    log = _Log(folder) if chief else None
+    log = _Log(folder, trainer.steps_done) if chief else None
     last_save = time.monotonic()
     with _stop_request() as stop_asked, closing(log) if log else nullcontext():
         while trainer.steps_done < config.optimiser.steps:
@@ -278,28 +280,49 @@ def _any_process(flag: bool, trainer: BaseTrainer) -> bool:
 
 
 class _Log:
-    """Losses to ``log.jsonl`` and, where installed, to tensorboard."""
+    """Losses to ``log.jsonl`` and, where installed, to tensorboard. A resumed run's log goes on from step ``steps``."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, steps: int) -> None:
         self.path = folder / "log.jsonl"
         self.started = time.time()
         self.board: Any = None
+        if self.path.exists():
+            self._forget_after(steps)
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(folder / "tensorboard"))
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=steps + 1 if steps else None)
         except ImportError:
             logger.info("tensorboard is not installed: losses go to %s only", self.path)
 
+    def _forget_after(self, steps: int) -> None:
+        """Drop what a killed run wrote after its last checkpoint: steps that are made again, perhaps half a line."""
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        with atomic_path(self.path, "train") as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= steps), encoding="utf-8")
+
     def write(self, step: int, values: dict[str, float]) -> None:
         seconds = round(time.time() - self.started, 1)
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, "seconds": seconds, **values}) + "\n")
-        if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": step, "seconds": seconds, **values}) + "\n")
+            if self.board is not None:
+                for name, value in values.items():
+                    self.board.add_scalar(name, value, step)
+        except OSError as error:
+            got = f"{str(self.path)!r} ({error.strerror})"
+            raise InputError(message("train", "run.output", "a folder that can be written", got)) from error
 
     def close(self) -> None:
         """End tensorboard's writing thread, which must not live on while the interpreter goes."""
         if self.board is not None:
-            self.board.close()
+            with suppress(OSError):  # said before, where it was found; the losses are in the other file
+                self.board.close()
+
+
+def _step_of(line: str) -> float:
+    """Step of a line of the log; infinity where the line is no whole one."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf

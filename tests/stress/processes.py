@@ -1,0 +1,63 @@
+"""Work in a process of its own that may be killed or hindered: what the parts about faults share."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from pudnet.errors import PudnetError
+from pudnet.models.pudnet import PudNet
+
+TINY = {"sketch_size": 8, "layers": 1, "width": 4, "generator_width": 1}
+DONE, REFUSED, BROKEN = 0, 3, 4  # how work ended: well, with an error of pudnet, with any other
+TEMPORARY = re.compile(r"\..*\.[a-z0-9_]{8}\.tmp")
+
+
+def tiny_net(seed: int = 0) -> PudNet:
+    return PudNet("convnet3", image_size=8, seed=seed, **TINY)
+
+
+def start(work: Callable[[], object], log: Path) -> int:
+    """Fork a process that does ``work``, its output to ``log``; returns its id."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = BROKEN
+    try:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        work()
+        code = DONE
+    except PudnetError as error:
+        print(error, file=sys.stderr)
+        code = REFUSED
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait(child: int) -> int:
+    """How the process ended: one of the codes above, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def kill_after(child: int, seconds: float) -> int:
+    """Kill the process after so long, unless it ended before; returns how it ended."""
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)  # it is not waited for yet, so its id is still its own
+    return wait(child)
+
+
+def temporaries(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if TEMPORARY.fullmatch(path.name)]
