@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ import torch
 from typer.testing import CliRunner
 
 import pudnet
+from pudnet.checkpoint import PRETRAINED
 from pudnet.cli import app
 from pudnet.data.source import open_images
 from pudnet.errors import InputError
@@ -237,8 +239,21 @@ def test_a_dataset_is_nearest_to_its_like(predictor: pudnet.Predictor) -> None:
         found = maps.embedding_map(predictor.net, "mine", sample)
         assert found.nearest == name
         assert [cloud.name for cloud in found.clouds] == ["mine", *maps.REFERENCES]
-        assert [cloud.own for cloud in found.clouds].count(True) == 1
+        assert [cloud.kind for cloud in found.clouds].count("own") == 1
         assert {cloud.points.shape for cloud in found.clouds} == {(maps.PARTS, 2)} and 0 < found.explained <= 1
+
+
+def test_embeddings_beside_a_checkpoint_belong_to_it(predictor: pudnet.Predictor, tmp_path: Path) -> None:
+    bundled = PRETRAINED / "convnet3.safetensors"
+    digest = hashlib.sha256(bundled.read_bytes()).hexdigest()
+    ((name, rows),) = maps.load_embeddings(bundled, digest).items()
+    assert rows.shape == (16, 2 * 128) and name.startswith("Tiny-ImageNet")
+    assert maps.load_embeddings(bundled, "of another checkpoint") == {}
+    assert maps.load_embeddings(tmp_path / "none.safetensors", digest) == {}
+    points = torch.zeros(3, 2 * 8)
+    found = maps.embedding_map(predictor.net, "mine", torch.zeros(9, 8, 8, 3, dtype=torch.uint8), {"known": points})
+    assert [(cloud.name, cloud.kind) for cloud in found.clouds[:2]] == [("mine", "own"), ("known", "training")]
+    assert len(found.clouds[1].points) == 3 and "hollow circles" in found.origin
 
 
 def test_kernels_are_drawn_in_rows_on_nothing() -> None:

@@ -19,7 +19,7 @@ from pudnet.report.measure import Bin
 
 WIDTH, HEIGHT = 3.7, 2.7  # inches: readable at the width of a phone
 SCALE = 8  # of kernels, pixels a weight
-MARKERS = "os^Dv<>pPX"
+MARKERS = "s^Dv<>pPX"
 
 # Colours that matplotlib writes, and what the page makes of them.
 INK, ACCENT, SECOND, SOFT = "#010203", "#040506", "#070809", "#0a0b0c"
@@ -111,11 +111,13 @@ def draw_map(found: EmbeddingMap) -> str:
     """The datasets as clouds of points; each has a marker of its own."""
     figure, axis = new_figure(3.5)
     for number, cloud in enumerate(found.clouds):
-        marker = "*" if cloud.own else MARKERS[number % len(MARKERS)]
-        colour = ACCENT if cloud.own else SECOND
+        marker, size, colour, fill = {
+            "own": ("*", 10, ACCENT, ACCENT),
+            "training": ("o", 5, SOFT, "none"),
+            "reference": (MARKERS[number % len(MARKERS)], 5, SECOND, SECOND),
+        }[cloud.kind]
         x, y = cloud.points.T.tolist()
-        size = 10 if cloud.own else 5
-        axis.plot(x, y, marker, color=colour, markersize=size, alpha=0.85, linestyle="none", label=cloud.name)
+        axis.plot(x, y, marker, color=colour, markerfacecolor=fill, markersize=size, alpha=0.85, label=cloud.name)
     _legend(axis)
     axis.margins(0.1)
     axis.set_xticks([])

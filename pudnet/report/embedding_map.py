@@ -5,9 +5,11 @@ S images of a sketch, G GRU layers of width D: an embedding has G * D values.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,22 +17,25 @@ from torch import Tensor
 
 from pudnet.models.pudnet import PudNet
 
+SUFFIX = ".embeddings.json"  # of the file beside a checkpoint, from ``training_embeddings.py``
 PARTS = 4  # points of every dataset, each of its own images
 PART_IMAGES = 50
 SIDE = 64  # of the references, before they are resized
-MADE_UP = (
-    "The other datasets are references: what comes with scikit-learn, and made-up images. The checkpoint carries no "
-    "embeddings of the datasets it was trained on."
-)
+KNOWN = "The hollow circles are groups of classes that the hypernetwork was trained on."
+UNKNOWN = "The checkpoint carries no embeddings of the datasets it was trained on."
+MADE_UP = "The other datasets are references: what comes with scikit-learn, and made-up images."
 
 
 @dataclass(frozen=True)
 class Cloud:
-    """One dataset on the map: ``points [m, 2]``, one for each part of it."""
+    """One dataset on the map: ``points [m, 2]``, one for each part of it.
+
+    ``kind``: ``"own"``, ``"training"`` (the checkpoint was trained on it) or ``"reference"``.
+    """
 
     name: str
     points: Tensor
-    own: bool = False
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class EmbeddingMap:
 
     Attributes:
         explained: share of the variance that the two components have.
-        nearest: name of the reference whose mean is nearest to the dataset's, in all G * D dimensions.
+        nearest: name of the dataset whose mean is nearest to this one's, in all G * D dimensions.
         origin: what the references are, in words.
     """
 
@@ -49,25 +54,44 @@ class EmbeddingMap:
     origin: str
 
 
+def load_embeddings(checkpoint: Path, digest: str) -> dict[str, Tensor]:
+    """Embeddings ``[m, G * D]`` by the name of their image set; none where no file belongs to this very checkpoint.
+
+    Args:
+        checkpoint: the file beside which they are.
+        digest: its sha256.
+    """
+    try:
+        found = json.loads(checkpoint.with_suffix(SUFFIX).read_text())
+    except (OSError, ValueError):
+        return {}
+    if found.get("sha256") != digest:
+        return {}
+    return {name: torch.tensor(rows) for name, rows in found["embeddings"].items()}
+
+
 @torch.no_grad()
-def embedding_map(net: PudNet, name: str, images: Tensor, *, seed: int = 0) -> EmbeddingMap:
+def embedding_map(
+    net: PudNet, name: str, images: Tensor, training: Mapping[str, Tensor] | None = None, *, seed: int = 0
+) -> EmbeddingMap:
     """Embed a dataset and the references.
 
     Args:
         name: of the dataset.
         images: a sample of it, uint8 ``[S, H, W, 3]``.
+        training: embeddings ``[m, G * D]`` of what ``net`` was trained on, by name, where they are known.
         seed: of everything random.
     """
     generator = torch.Generator().manual_seed(seed)
     images = images[torch.randperm(len(images), generator=generator)]
     parts = [part for part in images.tensor_split(PARTS) if len(part)]
-    embedded = [_embed(net, parts)]
-    names = [name]
+    named = [(name, "own", _embed(net, parts))]
+    named += [(title, "training", known) for title, known in (training or {}).items()]
     for title, references in REFERENCES.items():
         found = references(PARTS * PART_IMAGES, generator)
         if found is not None:
-            names.append(title)
-            embedded.append(_embed(net, list(found.tensor_split(PARTS))))
+            named.append((title, "reference", _embed(net, list(found.tensor_split(PARTS)))))
+    embedded = [points for _, _, points in named]
     means = torch.stack([one.mean(0) for one in embedded])
     distances = (means[1:] - means[0]).norm(dim=1)
     everything = torch.cat(embedded)
@@ -75,10 +99,10 @@ def embedding_map(net: PudNet, name: str, images: Tensor, *, seed: int = 0) -> E
     _, values, components = torch.linalg.svd(everything, full_matrices=False)
     flat = everything @ components[:2].T  # [m, 2]
     places = flat.split([len(one) for one in embedded])
-    clouds = [Cloud(title, points, own=not number) for number, (title, points) in
-              enumerate(zip(names, places, strict=True))]  # fmt: skip
+    clouds = [Cloud(title, points, kind) for (title, kind, _), points in zip(named, places, strict=True)]
     explained = float(values[:2].square().sum() / values.square().sum())
-    return EmbeddingMap(clouds, explained, names[1 + int(distances.argmin())], MADE_UP)
+    nearest = clouds[1 + int(distances.argmin())].name
+    return EmbeddingMap(clouds, explained, nearest, " ".join([KNOWN if training else UNKNOWN, MADE_UP]))
 
 
 def _embed(net: PudNet, parts: list[Tensor]) -> Tensor:

@@ -11,16 +11,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from pudnet._version import __version__
+from pudnet.checkpoint import find
 from pudnet.data import ImageSource
 from pudnet.data.source import open_images
 from pudnet.errors import InputError, message, one_line
 from pudnet.evaluation.rows import SCRATCH
 from pudnet.evaluation.scratch import CurvePoint, accuracy, train_from_scratch
 from pudnet.files import atomic_path
-from pudnet.models.pudnet import PudNet
 from pudnet.predictor import STAGES, PredictedModel, Predictor
 from pudnet.report import charts
-from pudnet.report.embedding_map import PART_IMAGES, PARTS, embedding_map
+from pudnet.report.embedding_map import PART_IMAGES, PARTS, embedding_map, load_embeddings
 from pudnet.report.measure import Measurement, Sample, measure
 from pudnet.sketch import sketch
 
@@ -196,10 +196,10 @@ def _shown(sample: Sample) -> dict[str, Any]:
     return {**sample._asdict(), "right": sample.right, "image": charts.png(sample.image)}
 
 
-def _hypernetwork(model: PredictedModel, predictor: Predictor | None) -> tuple[PudNet | None, str]:
+def _hypernetwork(model: PredictedModel, predictor: Predictor | None) -> tuple[Predictor | None, str]:
     """The hypernetwork that made ``model``, or why there is none."""
     if predictor is not None:
-        return predictor.net, ""
+        return predictor, ""
     origin = model.report.get("provenance", {})
     if not origin.get("checkpoint"):
         return None, "The model does not say which checkpoint its weights are from."
@@ -209,13 +209,16 @@ def _hypernetwork(model: PredictedModel, predictor: Predictor | None) -> tuple[P
         return None, one_line(error)
     if found.origin["sha256"] != origin["sha256"]:
         return None, f"The checkpoint {origin['checkpoint']} is not the one the weights are from: it has changed since."
-    return found.net, ""
+    return found, ""
 
 
-def _map(net: PudNet | None, reason: str, name: str, source: ImageSource, seed: int) -> dict[str, Any]:
-    if net is None:
+def _map(predictor: Predictor | None, reason: str, name: str, source: ImageSource, seed: int) -> dict[str, Any]:
+    if predictor is None:
         return {"map": None, "map_reason": reason}
-    found = embedding_map(net, name, sketch(source, PARTS * PART_IMAGES, seed=seed).images, seed=seed)
+    origin = predictor.origin
+    known = load_embeddings(find(origin["checkpoint"], WHERE), origin["sha256"]) if origin["checkpoint"] else {}
+    images = sketch(source, PARTS * PART_IMAGES, seed=seed).images
+    found = embedding_map(predictor.net, name, images, known, seed=seed)
     return {"map": found, "map_chart": charts.draw_map(found), "parts": PARTS}
 
 
