@@ -53,7 +53,7 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[
         if not isinstance(header.get("config"), dict):
             raise CheckpointError(message(where, "path", "a file written by pudnet", repr(str(path))))
         written = header.get("format")
-        if written not in (*MIGRATIONS, FORMAT_VERSION):
+        if type(written) is not int or written not in (*MIGRATIONS, FORMAT_VERSION):
             got = f"format {written!r} in {str(path)!r}, written by pudnet {header.get('version')}"
             hint = f"This is pudnet {__version__}; install the version that wrote the file."
             raise CheckpointError(message(where, "format", f"from {min(MIGRATIONS)} to {FORMAT_VERSION}", got, hint))
@@ -61,7 +61,7 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[
             got = f"a {header.get('kind')!r} file, {str(path)!r}"
             raise CheckpointError(message(where, "path", f"a {kind!r} file", got))
         config, found = header["config"], tensors()
-        for version in range(int(written), FORMAT_VERSION):
+        for version in range(written, FORMAT_VERSION):
             config, found = MIGRATIONS[version](kind, config, found)
         return config, found
 
@@ -190,5 +190,6 @@ def _download(repository: str, file: str, where: str, rule: str, hub: HubOptions
     try:
         return Path(hf_hub_download(repository, file, **hub))
     except Exception as error:  # its errors share no base class: HTTP, missing repository or file, no network
-        got = f"{repository!r} ({type(error).__name__}: {one_line(error)})"
+        version = f" at {hub['revision']!r}" if hub.get("revision") else ""
+        got = f"{repository!r}{version} ({type(error).__name__}: {one_line(error)})"
         raise InputError(message(where, "name", rule, got)) from error

@@ -154,7 +154,7 @@ def model_card(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         "in one forward pass of a hypernetwork ([arXiv 2310.11862](https://arxiv.org/abs/2310.11862)); its last layer "
         "was fitted in closed form. The accuracy to expect is a leave-one-out estimate, not measured on test images.",
         "usage": _python(
-            f"import pudnet\n\nmodel = pudnet.PredictedModel.from_pretrained({name!r})\n"
+            f"import pudnet\n\nmodel = pudnet.PredictedModel.from_pretrained({json.dumps(name)})\n"
             "labels, probabilities = model.classify(images)  # uint8 [n, H, W, C], any size"
         ),
         "details": f"{_table(rows)}\n\n## How it was made\n\n{_table(made)}",
@@ -170,7 +170,7 @@ def hypernetwork_card(
     return {
         "title": name.rpartition("/")[2],
         "summary": f"{kind} It predicts weights in one forward pass instead of training them.",
-        "usage": _python(f"import pudnet\n\n{usage.format(name=repr(name))}"),
+        "usage": _python(f"import pudnet\n\n{usage.format(name=json.dumps(name))}"),
         "details": _table(config) + made,
         "tags": ["pudnet", "hypernetwork", "weight-prediction"],
     }

@@ -265,7 +265,7 @@ class PudNet(hub.Shared, nn.Module):
     def card_parts(self, name: str) -> dict[str, Any]:
         """See ``pudnet.hub.Shared``."""
         kind = "A hypernetwork: a sample of a dataset in, the convolution weights of a network for it out."
-        usage = "predictor = pudnet.Predictor.from_pretrained({name})\nmodel = predictor.predict('flowers/')"
+        usage = 'predictor = pudnet.Predictor.from_pretrained({name})\nmodel = predictor.predict("flowers/")'
         config = {"target": self.target_name or "a module of the author's", **dataclasses.asdict(self.config)}
         return hub.hypernetwork_card(name, kind, usage, config, self.card)
 
