@@ -12,11 +12,13 @@ images in the same mix of classes as the given ones.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -187,6 +189,41 @@ class HeadFitter:
 
     @torch.inference_mode(False)
     @torch.no_grad()
+    def merge(self, other: HeadFitter) -> None:
+        """Take the images of another fitter, which stays as it is, as if they had been added here.
+
+        The sample for the leave-one-out estimate is again uniform; it is another one than without the merge.
+
+        Raises:
+            InputError: another head, other classes, another ``loo_rows``, or features of another width.
+        """
+        if other._sample is None:
+            return
+        ours, theirs = (
+            (one.name, one.num_classes, one.loo_rows, other._sample.width if one._sample is None else one._sample.width)
+            for one in (self, other)
+        )
+        if ours != theirs:
+            rule = f"of the same (head, classes, loo_rows, features) as this one, {ours}"
+            raise InputError(message("HeadFitter.merge", "other", rule, theirs))
+        if self._sample is None:
+            self._sample, self._whole = copy.deepcopy((other._sample, other._whole))
+            return
+        many = self._sample.seen + other._sample.seen > self._sample.capacity
+        if many or self._whole is not None or other._whole is not None:
+            self._whole = self._sums()
+            self._whole.merge(other._sums())
+        self._sample.merge(other._sample)
+
+    def _sums(self) -> ClassSums:
+        """The sums there are, or those of the rows where those are all the images."""
+        if self._whole is not None:
+            return self._whole
+        assert self._sample is not None
+        return _accumulate(self._sample, self._sample.width, self.num_classes, self._sample.rows()[0].device)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def fit(self) -> Head:
         """The head of all images so far; more may be added afterwards.
 
@@ -208,6 +245,11 @@ class HeadFitter:
             assert self._whole is None or isinstance(self._whole, RidgeAccumulator)
             fitted = _fit_ridge(self._whole, x, y, self.num_classes, self.seed, self.loo_rows)
         return _calibrated(self.name, fitted)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images' features are; the CPU while there are none."""
+        return torch.device("cpu") if self._sample is None else self._sample.rows()[0].device
 
     def to(self, device: torch.device) -> HeadFitter:
         """Move to ``device``; returns itself."""
@@ -423,6 +465,25 @@ class _Reservoir:
             source = torch.tensor(list(taken.values()), device=features.device)
             kept_features[to], kept_labels[to] = features[source], labels[source]
 
+    def merge(self, other: _Reservoir) -> None:
+        """A sample of both streams together, as uniform as each of them is of its own."""
+        generator = torch.Generator()
+        generator.set_state(self.random)
+        seen = self.seen + other.seen
+        if seen > self.capacity:
+            # Of a uniform sample of the union so many are of the first stream.
+            seed = int(torch.randint(2**62, (), generator=generator))
+            ours = int(np.random.default_rng(seed).hypergeometric(self.seen, other.seen, self.capacity))
+            parts = [
+                (x[chosen], y[chosen])
+                for (x, y), count in ((self.rows(), ours), (other.rows(), self.capacity - ours))
+                for chosen in [torch.randperm(len(y), generator=generator)[:count].to(y.device)]
+            ]
+        else:
+            parts = [self.rows(), other.rows()]
+        self._parts, self.seen, self.random = parts, seen, generator.get_state()
+        self._parts = [self.rows()]  # one part, as later rows are written into it
+
     def rows(self) -> tuple[Tensor, Tensor]:
         """Features ``[m, F]`` and labels ``[m]``."""
         self._parts = [_join(self._parts)]
@@ -451,6 +512,12 @@ class ClassSums:
         """Add images: features ``[b, F]``, labels ``[b]``."""
         self.counts += torch.bincount(labels, minlength=len(self.counts))
         self.sums.index_add_(0, labels, features.double())
+
+    @torch.no_grad()
+    def merge(self, other: Self) -> None:
+        """Add another shard's images, of as many classes and features."""
+        self.counts += other.counts
+        self.sums += other.sums
 
     def add_classes(self, count: int) -> None:
         """Make room for ``count`` more classes, labelled after the present ones."""
@@ -515,21 +582,21 @@ class RidgeAccumulator(ClassSums):
         if len(labels) == 0:
             return
         labels = labels.to(features.device, torch.long)
-        counts = torch.bincount(labels, minlength=num_classes).double()
-        sums = torch.zeros_like(self.sums).index_add_(0, labels, features.double())
-        mean = sums.sum(0) / len(labels)
-        centred = features - mean.to(features.dtype)
-        self._add(counts, sums, lambda i, j: centred[:, i:j].T @ centred[:, :j])
+        total = features.sum(0, dtype=torch.float64)  # [F]
+        centred = features - (total / len(labels)).to(features.dtype)
+        self._add_scatter(len(labels), total, lambda i, j: centred[:, i:j].T @ centred[:, :j])
+        super().update(features, labels)
 
     @torch.no_grad()
-    def merge(self, other: RidgeAccumulator) -> None:
+    def merge(self, other: Self) -> None:
         """Add another accumulator's images, as if they had been given to :meth:`update`."""
         if self.sums.shape != other.sums.shape:
             rule = f"of {self.sums.shape[0]} classes and {self.sums.shape[1]} features"
             got = f"{other.sums.shape[0]} and {other.sums.shape[1]}"
             raise ShapeError(message("RidgeAccumulator", "other", rule, got))
         if other.images:
-            self._add(other.counts, other.sums, lambda i, j: other.scatter[i:j, :j])
+            self._add_scatter(other.images, other.sums.sum(0), lambda i, j: other.scatter[i:j, :j])
+            super().merge(other)
 
     @torch.no_grad()
     def solve(self, lam: float) -> tuple[Tensor, Tensor]:
@@ -559,17 +626,18 @@ class RidgeAccumulator(ClassSums):
         bias = self.counts / self.counts.sum() - weight @ mean
         return weight, bias
 
-    def _add(self, counts: Tensor, sums: Tensor, scatter: Callable[[int, int], Tensor]) -> None:
-        """Add a group of images; ``scatter(i, j)`` gives rows i:j, columns :j of its scatter about its own mean."""
-        ours, theirs = self.counts.sum(), counts.sum()
+    def _add_scatter(self, theirs: int, total: Tensor, scatter: Callable[[int, int], Tensor]) -> None:
+        """Add the scatter of ``theirs`` images more, whose features sum to ``total [F]``, before those are counted.
+
+        ``scatter(i, j)`` gives rows i:j, columns :j of their scatter about their own mean.
+        """
+        ours = self.counts.sum()
         # The scatter of a union is the sum of both and of the two means about the common one.
-        shift = (sums.sum(0) / theirs - self.mean) * torch.sqrt(ours * theirs / (ours + theirs))  # [F]
+        shift = (total / theirs - self.mean) * torch.sqrt(ours * theirs / (ours + theirs))  # [F]
         for i, j in _row_blocks(len(shift)):
             block = self.scatter[i:j, :j]
             block += scatter(i, j)
             block.addr_(shift[i:j], shift[:j])
-        self.counts += counts
-        self.sums += sums
 
 
 def _row_blocks(rows: int, size: int = 256) -> Iterator[tuple[int, int]]:

@@ -827,10 +827,11 @@ class Predictor(hub.Shared):
         seen: Sketch,
         settings: Mapping[str, Any],
         clock: StageClock,
+        reduce: Callable[[HeadFitter], HeadFitter] | None = None,
     ) -> PredictedModel:
         """``finish``, and what made the model; ``seen`` is the sketch that decided the weights."""
         options = {name: settings[name] for name in ("head", "batchnorm", "seed", "growable")}
-        model = finish(network, source, sample, self.net.preprocess, clock=clock, **options)
+        model = finish(network, source, sample, self.net.preprocess, clock=clock, reduce=reduce, **options)
         model.target_name = self.net.target_name
         model.report["provenance"] = {
             **self.origin,
@@ -872,6 +873,7 @@ def finish(
     seed: int = 0,
     growable: bool = False,
     clock: StageClock | None = None,
+    reduce: Callable[[HeadFitter], HeadFitter] | None = None,
 ) -> PredictedModel:
     """Turn a network that has its convolution weights into a classifier of ``source``: BatchNorm statistics and head.
 
@@ -881,6 +883,7 @@ def finish(
         sketch: the random sample of them that BatchNorm is calibrated on.
         growable: the model keeps what ``PredictedModel.add`` needs.
         clock: to go on counting on; None for a new one.
+        reduce: what the head remembers of ``source`` -> what it remembers of all shards.
     """
     device = _device_of(network)
     clock = clock or StageClock(device)
@@ -894,6 +897,7 @@ def finish(
     with clock.stage("head"):
         batches = clock.iterate("reading", ordered(source, batchnorm, seed))
         fitter.add(_mapped(network, preprocess, batches, batchnorm, clock, halves))
+        fitter = reduce(fitter) if reduce else fitter
         fitted = fitter.fit()
     kept = fitter if growable else None
     model = PredictedModel(network, fitted, preprocess, source.classes, batchnorm=batchnorm, fitter=kept)
