@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 DATA ?= ../shared/data
 DEVICE ?= cpu
 
-.PHONY: demo test stress lint results bench-train wheel gpu
+.PHONY: demo test stress lint results bench bench-scaling bench-compare bench-train performance wheel gpu
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -26,12 +26,33 @@ lint: $(READY)
 results: $(READY)
 	$(BIN)/python -m pudnet.evaluation --data $(DATA)
 
+# Ten minutes, one thread: every op and pass against its reference. AGAIN=-again runs it a second time, beside the first.
+bench: $(READY)
+	OMP_NUM_THREADS=1 PUDNET_BENCH_DEVICE=$(DEVICE) $(BIN)/python -m pytest -q \
+		benchmarks/bench_ops.py benchmarks/bench_passes.py benchmarks/bench_stages.py \
+		--benchmark-columns=median,iqr,rounds --benchmark-sort=name \
+		--benchmark-json=$$(PUDNET_BENCH_DEVICE=$(DEVICE) $(BIN)/python benchmarks/timing.py bench $(AGAIN))
+	$(BIN)/python benchmarks/report.py
+
+# Twenty minutes: cost against sizes.
+bench-scaling: $(READY)
+	OMP_NUM_THREADS=1 PUDNET_BENCH_DEVICE=$(DEVICE) $(BIN)/python benchmarks/bench_scaling.py
+	$(BIN)/python benchmarks/report.py
+
+# Two commits or JSON files; ROWS is a pattern of pytest's -k. Exit status 1 where B is slower or wrong.
+bench-compare: $(READY)
+	$(BIN)/python benchmarks/compare.py $(A) $(B) -k "$(ROWS)"
+
+performance: $(READY)
+	$(BIN)/python benchmarks/report.py
+
 # Half an hour: how long training takes to be as accurate as a prediction. DEVICE=cuda for a GPU.
 bench-train: $(READY)
 	$(BIN)/python -m pudnet.evaluation.training_time --data $(DATA) --device $(DEVICE)
 	mkdir -p .benchmarks
 	PUDNET_BENCH_DATA=$(DATA) PUDNET_BENCH_DEVICE=$(DEVICE) $(BIN)/python -m pytest benchmarks/bench_training_time.py \
 		--benchmark-json=.benchmarks/training-time.json
+	$(BIN)/python benchmarks/report.py
 
 # On a machine with an NVIDIA GPU and torch, triton and nvcc already there; nothing is downloaded.
 gpu:

@@ -12,15 +12,14 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from timing import COPY_BYTES, RESULTS, check, file_name, machine
 from torch import Tensor
 
 import pudnet
@@ -28,24 +27,10 @@ from pudnet import PudNet, _extension, ops
 from pudnet.ops import _native_generation as native
 from pudnet.optimised import OptimisedPudNet
 
-RESULTS = Path(__file__).parent / "results"
 ROUNDS = 25
-COPY_BYTES = 70 << 20  # as much as ResNet-18's generation reads and writes, half each
 
 pytestmark = pytest.mark.benchmark(timer=time.thread_time, warmup=False)
 compiled = pytest.mark.skipif(os.environ.get("PUDNET_BENCH_COMPILE") != "1", reason="PUDNET_BENCH_COMPILE is not 1")
-
-
-def cpu_model() -> str:
-    """The processor's name, from the system where it tells."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    return found.group(1) if found else platform.processor() or platform.machine()
-
-
-def file_name(kind: str) -> str:
-    """Of the results of this processor."""
-    return re.sub(r"[^a-z0-9]+", "-", f"{kind}-{cpu_model()}".lower()).strip("-") + ".json"
 
 
 class Case:
@@ -112,7 +97,7 @@ def write(case: Case) -> None:
     else:
         bandwidth = {}
     result = {
-        "cpu": cpu_model(),
+        "cpu": machine(),
         "instruction_set": _extension.load().build_info()["instruction_set"],
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -126,10 +111,6 @@ def write(case: Case) -> None:
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / file_name("cpu")).write_text(json.dumps(result, indent=2) + "\n")
-
-
-def check(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    assert float((found - expected).abs().max() / expected.abs().max()) < tolerance
 
 
 def test_copy(benchmark: Any, case: Case) -> None:

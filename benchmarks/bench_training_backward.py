@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_cpu_generation import RESULTS, cpu_model, file_name
+from timing import RESULTS, file_name, machine
 
 import pudnet
 from pudnet import PudNet
@@ -140,7 +140,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         result = {
-            "cpu": cpu_model(),
+            "cpu": machine(),
             "threads": 1,
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "python": platform.python_version(),

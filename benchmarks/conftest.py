@@ -1,0 +1,67 @@
+"""What pytest needs for the benchmarks: one thread, the copy rate, and a JSON file that says where it comes from."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from timing import Copy, environment, measure
+
+left_out: dict[str, str] = {}
+failed: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def copy_rate() -> Copy:
+    return Copy()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def timed(benchmark: Any, copy_rate: Copy, one_thread: None) -> Iterator[Callable[..., None]]:
+    """``measure`` for this row, without gradients; the keyword ``group`` and other strings name the row."""
+
+    def run(candidate: Any, reference: Any, *, group: str, backend: str, **options: Any) -> None:
+        benchmark.group = group
+        benchmark.extra_info["backend"] = backend
+        measure(benchmark, copy_rate, candidate, reference, **options)
+
+    with torch.no_grad():
+        yield run
+
+
+@pytest.fixture(autouse=True, scope="session")
+def fresh_compiler_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """So that a first call of torch.compile is one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped:
+        left_out[report.nodeid.partition("::")[2]] = str(report.longrepr[2]).removeprefix("Skipped: ")  # type: ignore[index]
+    elif report.failed:
+        failed.append(report.nodeid.partition("::")[2])
+
+
+if importlib.util.find_spec("pytest_benchmark"):
+
+    @pytest.hookimpl
+    def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
+        """Keep what a report needs, and say what is missing; a time for each round is not needed by anybody."""
+        output_json |= {"environment": environment(), "left_out": left_out, "failed": failed}
+        output_json["machine_info"] = {"node": "see environment"}
+        for row in output_json["benchmarks"]:
+            row["stats"].pop("data", None)
+            row.pop("options", None)

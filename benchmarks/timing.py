@@ -1,0 +1,283 @@
+"""What the benchmarks share: check first, then time candidate and reference in turn; memory, bandwidth, file names.
+
+Times of the CPU are CPU times of the one thread that works (page faults included), so that a busy neighbour costs
+little but cache and memory bandwidth; those of a GPU are wall times up to a synchronisation. Times of machines that
+are shared scatter all the same: what is compared between runs are ratios of neighbours, see ``Paired``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import os
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pudnet import _extension
+from pudnet.evaluation import harness
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DEVICE = torch.device(os.environ.get("PUDNET_BENCH_DEVICE", "cpu"))
+SECONDS = float(os.environ.get("PUDNET_BENCH_SECONDS", "1.5"))  # of timing for one row, more or less
+COMPILE = os.environ.get("PUDNET_BENCH_COMPILE") == "1"  # torch.compile wherever it can run, not only where it is quick
+LEAST_ROUNDS, MOST_ROUNDS = 5, 100
+WARM_UPS = 2
+NOISE = 1.1  # ratios of the same thing may differ by this factor
+COPY_BYTES = 70 << 20  # as much as ResNet-18's generation reads and writes, half each; far more than a CPU's caches
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux
+
+Run = Callable[[], Any]
+
+
+def clock() -> float:
+    """Seconds, of a clock that fits the device."""
+    return time.thread_time() if DEVICE.type == "cpu" else time.perf_counter()
+
+
+def machine() -> str:
+    """Name of the processor or GPU."""
+    return harness.processor_name() if DEVICE.type == "cpu" else torch.cuda.get_device_name(DEVICE)
+
+
+def file_name(kind: str, suffix: str = "") -> str:
+    """Of the results of this machine."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{kind}-{machine()}{suffix}".lower()).strip("-") + ".json"
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers depend on."""
+    extension = "none" if _extension.why_not() else _extension.load().build_info()["instruction_set"]
+    return {
+        **harness.environment(torch.get_num_threads(), str(DEVICE)),
+        "extension": extension,
+        "commit": harness.commit(),
+        "load_average": round(os.getloadavg()[0], 1),
+        "clock": "CPU time of the thread" if DEVICE.type == "cpu" else "wall",
+    }
+
+
+def synchronise() -> None:
+    """Wait for the GPU, where there is one at work."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(run: Run) -> tuple[float, Any]:
+    """Time of one call, and its result."""
+    start = clock()
+    result = run()
+    synchronise()
+    return clock() - start, result
+
+
+def median_seconds(run: Run, budget: float = SECONDS, least: int = 3, most: int = 50) -> float:
+    """Median over as many calls as ``budget`` seconds allow, within limits, after one that warms up."""
+    once, _ = seconds(run)
+    rounds = max(least, min(most, int(budget / max(once, 1e-6))))
+    return statistics.median(seconds(run)[0] for _ in range(rounds))
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """All tensors in nested containers."""
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes of all tensors in nested containers."""
+    return sum(x.numel() * x.element_size() for x in tensors(tree))
+
+
+def in_float64(tree: Any) -> Any:
+    """The same with float64 tensors instead of float32 ones, and the dtype instead of the dtype."""
+
+    def convert(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return leaf.double()
+        return torch.float64 if leaf is torch.float32 else leaf
+
+    return pytree.tree_map(convert, tree)
+
+
+def disagreement(found: Any, expected: Any) -> float:
+    """Largest difference in a tensor, relative to its largest number expected; infinite for other shapes or NaN."""
+    ours, theirs = tensors(found), tensors(expected)
+    if [x.shape for x in ours] != [x.shape for x in theirs]:
+        return math.inf
+    worst = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        if b.numel():
+            error = float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30))
+            worst = math.inf if math.isnan(error) else max(worst, error)
+    return worst
+
+
+def check(found: Any, expected: Any, tolerance: float, name: str = "the result") -> float:
+    """Return the disagreement; refuse, with an AssertionError, where it is too large: nothing wrong gets a time."""
+    error = disagreement(found, expected)
+    if not error <= tolerance:
+        rule = f"agree with the reference within {tolerance:.0e}"
+        raise AssertionError(f"{name} must {rule}; it differs by {error:.1e}. It is not timed.")
+    return error
+
+
+def peak_memory(run: Run) -> int | None:
+    """Bytes that ``run`` adds to the memory in use at its highest, its result included; None where nothing tells."""
+    if DEVICE.type == "cuda":
+        before = torch.cuda.memory_allocated(DEVICE)
+        torch.cuda.reset_peak_memory_stats(DEVICE)
+        run()
+        return torch.cuda.max_memory_allocated(DEVICE) - before
+
+    def read(name: str) -> int:
+        return next(1024 * int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(name))
+
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not to be used again
+        CLEAR.write_text("5")  # the highest mark starts anew
+        before = read("VmRSS")
+    except (OSError, AttributeError, StopIteration):
+        return None
+    run()
+    return max(0, read("VmHWM") - before)
+
+
+class Copy:
+    """Copying memory: the rate that all shares of bandwidth are of."""
+
+    def __init__(self) -> None:
+        size = COPY_BYTES if DEVICE.type == "cpu" else 1 << 30
+        self.source = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
+        self.target = self.source.clone()
+
+    def rate(self) -> float:
+        """Bytes a second, those read and those written."""
+        taken = [seconds(lambda: self.target.copy_(self.source))[0] for _ in range(6)]
+        return 2 * len(self.source) / statistics.median(taken[1:])
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Times of a candidate and of the reference that ran right before it, round by round.
+
+    A neighbour that slows the machine for a while meets both, so the median of the rounds' ratios is much steadier
+    than a ratio of times taken apart.
+    """
+
+    candidate: list[float]
+    reference: list[float]
+
+    def ratio(self, first: int = 0, last: int | None = None) -> float:
+        """Times faster than the reference, over the rounds from ``first`` to ``last``."""
+        pairs = zip(self.candidate[first:last], self.reference[first:last], strict=True)
+        return statistics.median(slow / max(fast, 1e-9) for fast, slow in pairs)
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the two halves of the run tell different ratios."""
+        half = len(self.candidate) // 2
+        halves = self.ratio(0, half), self.ratio(half)
+        return max(halves) > NOISE * min(halves)
+
+
+def measure(
+    benchmark: Any,
+    copy: Copy,
+    candidate: Run,
+    reference: Run,
+    *,
+    expected: Any,
+    tolerance: float,
+    reads: Any = (),
+    kept: bool = False,
+) -> None:
+    """Check ``candidate``, then time it in turn with ``reference``, as one row of pytest-benchmark.
+
+    Args:
+        benchmark: pytest-benchmark's fixture.
+        copy: measured before the row, for the share of the bandwidth.
+        candidate, reference: what is timed.
+        expected: what the candidate has to return.
+        tolerance: of ``disagreement``.
+        reads: the tensors the candidate has to read at least once; what it returns is what it has to write.
+        kept: whether the candidate returns memory it uses again, which the check must not leave to be found there.
+
+    Raises:
+        AssertionError: the candidate's result is wrong.
+    """
+    first_call, found = seconds(candidate)
+    error = check(found, expected, tolerance, benchmark.name)
+    if kept:  # what wrote nothing would have returned what an earlier run left
+        for x in tensors(found):
+            x.fill_(torch.nan)
+        error = check(candidate(), expected, tolerance, benchmark.name)
+    moved = bytes_of(reads) + bytes_of(found)
+    del found, expected
+    memory = peak_memory(candidate)
+    rate = copy.rate()
+    both = seconds(candidate)[0] + seconds(reference)[0]
+    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(SECONDS / max(both, 1e-6))))
+    references: list[float] = []
+
+    def run() -> Any:
+        result = candidate()
+        synchronise()
+        return result
+
+    benchmark.pedantic(
+        run,
+        setup=lambda: references.append(seconds(reference)[0]),
+        rounds=rounds,
+        warmup_rounds=WARM_UPS,
+    )
+    if benchmark.stats is None:  # --benchmark-disable: the check was all
+        return
+    paired = Paired(list(benchmark.stats.stats.data), references[WARM_UPS:])
+    median = statistics.median(paired.candidate)
+    benchmark.extra_info |= {
+        "median_ms": 1e3 * median,
+        "reference_ms": 1e3 * statistics.median(paired.reference),
+        "times_faster": paired.ratio(),
+        "noisy": paired.noisy,
+        "rounds": rounds,
+        "first_call_ms": 1e3 * first_call,
+        "error": error,
+        "bytes_moved": moved,
+        "share_of_copy": moved / median / rate,
+        "copy_gb_s": rate / 1e9,
+        "peak_memory_bytes": memory,
+    }
+    if DEVICE.type == "cuda":
+        benchmark.extra_info |= host_and_device(candidate)
+
+
+def host_and_device(run: Run, repeats: int = 20) -> dict[str, float]:
+    """Medians in ms: until the call returns, and of the GPU between two events."""
+    host, device = [], []
+    for _ in range(repeats):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        events[0].record()
+        run()
+        events[1].record()
+        host.append(1e3 * (time.perf_counter() - start))
+        torch.cuda.synchronize()
+        device.append(events[0].elapsed_time(events[1]))
+    return {"host_ms": statistics.median(host), "device_ms": statistics.median(device)}
+
+
+if __name__ == "__main__":  # where `make bench` writes: timing.py KIND [SUFFIX]
+    print(RESULTS / file_name(*sys.argv[1:]))
