@@ -158,11 +158,19 @@ def test_numbers_are_those_of_the_model(page: Path, model: pudnet.PredictedModel
     assert "was stopped in epoch" in words(section(tree, "scratch"))
 
 
-def test_many_classes(predictor: pudnet.Predictor, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def long_page(predictor: pudnet.Predictor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Many classes with long names."""
+    folder = tmp_path_factory.mktemp("many")
+    names = np.array([f"{number}_{'a_name_without_a_space' * 3}" for number in range(22)])
+    source = write_npz(folder / "many.npz", 22, class_names=names)
+    write_report(folder / "page.html", predictor.predict(source), source, title="Many <classes>")
+    return folder / "page.html"
+
+
+def test_many_classes(long_page: Path) -> None:
     """A picture of the confusion matrix instead of a table, and most classes folded away."""
-    source = write_npz(tmp_path / "many.npz", 22)
-    write_report(tmp_path / "page.html", predictor.predict(source), source, title="Many <classes>")
-    tree = parse(tmp_path / "page.html")
+    tree = parse(long_page)
     assert words(next(tree.iter("h1"))) == "Many <classes>"
     assert len(list(section(tree, "confusion").iter("img"))) == 1
     tables = list(section(tree, "classes").iter("table"))
@@ -322,8 +330,13 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(320, "light"), (1200, "dark")])
-def test_page_in_chromium(browser: Any, page: Path, width: int, scheme: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "width", "scheme"), [("page", 320, "light"), ("page", 1200, "dark"), ("long_page", 320, "dark")]
+)
+def test_page_in_chromium(
+    browser: Any, request: pytest.FixtureRequest, name: str, width: int, scheme: str, tmp_path: Path
+) -> None:
+    page: Path = request.getfixturevalue(name)
     context = browser.new_context(viewport={"width": width, "height": 700}, color_scheme=scheme, offline=True)
     shown, noise = context.new_page(), []
     shown.on("console", lambda entry: noise.append(entry.text))
