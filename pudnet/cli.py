@@ -145,6 +145,7 @@ def predict(
     batchnorm: Annotated[str, typer.Option(help="BatchNorm statistics: calibrated, batch or shared.")] = "calibrated",
     sketch_size: Annotated[int, typer.Option(min=1, help="Images the weights are predicted from.")] = 500,
     split: Annotated[str, typer.Option(help="Part of the data: train or test.")] = "train",
+    growable: Annotated[bool, typer.Option("--growable", help="Keep what `pudnet add` needs; a larger file.")] = False,
     page: Annotated[
         Path | None,
         typer.Option(
@@ -163,7 +164,9 @@ def predict(
     # The output is claimed first, so that a path that cannot be written costs no work.
     with atomic_path(output, "pudnet predict") as claimed, console.status("Predicting ..."):
         predictor = Predictor.from_pretrained(checkpoint, device=_device(device))
-        model = predictor.predict(data, head=head, batchnorm=batchnorm, sketch_size=sketch_size, split=split, seed=seed)
+        model = predictor.predict(
+            data, head=head, batchnorm=batchnorm, sketch_size=sketch_size, split=split, seed=seed, growable=growable
+        )
         model.save(claimed)
     if page is not None:
         from pudnet.report import write_report
@@ -208,6 +211,100 @@ def evaluate(
         console.print(table)
     _notes(console, result)
     _emit(result, as_json)
+
+
+@_command("pudnet add model.safetensors more-flowers/ --new-class lily -o larger.safetensors")
+def add(
+    model: Model,
+    data: Data,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the larger model goes.", show_default=False)],
+    new_class: Annotated[
+        list[str] | None, typer.Option(help="A class that MODEL does not have yet; once for each.", show_default=False)
+    ] = None,
+    split: Annotated[str, typer.Option(help="Part of the data: train or test.")] = "train",
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Accepted by every command; MODEL has its own.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Add images and classes to MODEL, which `pudnet predict --growable` made, without its earlier images."""
+    from pudnet.files import atomic_path
+    from pudnet.predictor import load
+
+    console = _console(as_json)
+    with atomic_path(output, "pudnet add") as claimed, console.status("Adding ..."):
+        grown = load(model).to(_device(device)).add(data, new_classes=new_class or (), split=split)
+        grown.save(claimed)
+    report = grown.report
+    console.print(f"{report['n']} images of {len(grown.classes)} classes now")
+    console.print(f"Expected accuracy on new images: {100 * report['expected_accuracy']:.1f} % (leave-one-out)")
+    _notes(console, report)
+    console.print(f"Model: {output}", soft_wrap=True, markup=False)
+    _emit({"model": str(output), **report}, as_json)
+
+
+@_command("pudnet export model.safetensors model.onnx")
+def export(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="Ends in .onnx, .pt2 or .safetensors.", show_default=False)],
+    device: Annotated[str, typer.Option(help="Accepted by every command; files are for the CPU.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Accepted by every command; nothing is random here.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Write MODEL for use without pudnet; ONNX files are checked with onnxruntime."""
+    import logging
+    import warnings
+
+    from pudnet.predictor import load
+
+    console = _console(as_json)
+    loaded = load(model)
+    # What torch's exporters say is not for users.
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(action="ignore"), console.status("Exporting ..."):
+        loaded.export(output)
+    size, side = output.stat().st_size, loaded.preprocess.size
+    console.print(f"Input: uint8 RGB [n, {side}, {side}, 3]; class names and how to resize are inside", markup=False)
+    console.print(f"Written: {output} ({size:,} bytes)", soft_wrap=True, markup=False)
+    _emit({"output": str(output), "bytes": size, "classes": list(loaded.classes), "size": side}, as_json)
+
+
+@_command("pudnet remake model.safetensors flowers/ -o again.safetensors")
+def remake(
+    model: Model,
+    data: Data,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the model goes.", show_default=False)],
+    checkpoint: Annotated[
+        str | None, typer.Option(help="The hypernetwork; without: where MODEL says it was.", show_default=False)
+    ] = None,
+    added: Annotated[
+        list[Path] | None, typer.Option(help="Data that was added; once for each, in order.", show_default=False)
+    ] = None,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Accepted by every command; MODEL has its own.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Make MODEL again from its record and the same DATA; fail unless it is equal to the last bit."""
+    import torch
+
+    from pudnet.files import atomic_path
+    from pudnet.predictor import Predictor, load
+
+    console = _console(as_json)
+    where, report = "pudnet remake", load(model).report
+    record = report.get("provenance", {})
+    name = checkpoint or record.get("checkpoint")
+    if name is None:
+        raise InputError(message(where, "--checkpoint", "given for a model that does not say where it was", name))
+    dtype = torch.bfloat16 if record.get("dtype") == "bfloat16" else torch.float32
+    with atomic_path(output, where) as claimed, console.status("Predicting ..."):
+        predictor = Predictor.from_pretrained(
+            name, device=_device(device), optimize=bool(record.get("optimize")), dtype=dtype
+        )
+        again = predictor.remake(report, data, added=[(path, None) for path in added or ()])
+        again.save(claimed)
+    digest = again.report["provenance"]["model_sha256"]
+    console.print(f"Equal to the last bit (SHA-256 {digest}): {output}", soft_wrap=True, markup=False)
+    _emit({"model": str(output), "sha256": digest}, as_json)
 
 
 @_command("pudnet report model.safetensors flowers-test/ -o report.html", "report")

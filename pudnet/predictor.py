@@ -655,11 +655,12 @@ class Predictor(hub.Shared):
         """
         record = report.get("provenance", report)
         steps = record.get("added", ())
-        if "model_sha256" not in record or len(steps) != len(added):
+        names = ("head", "batchnorm", "sketch_size", "seed", "split", "classes", "growable")
+        needed = {*names, "checkpoint", "sha256", "net_sha256", "sketch", "model_sha256"}
+        if not needed <= set(record) or len(steps) != len(added):
             rule = f"of a model that was predicted by pudnet, and to which {len(added)} datasets were added"
             raise InputError(message("Predictor.remake", "report", rule, f"{sorted(record)}, {len(steps)} added"))
         provenance.require_net(record, self._net_sha256)
-        names = ("head", "batchnorm", "sketch_size", "seed", "split", "classes", "growable")
         model = self.predict(images, labels, sketch=sketch, **{name: record[name] for name in names})
         provenance.require_sketch(record, model.report["provenance"])
         for (more, more_labels), step in zip(added, steps, strict=True):

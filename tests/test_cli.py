@@ -21,7 +21,7 @@ import pudnet
 from pudnet import checkpoint
 from pudnet.cli import app
 
-COMMANDS = ("demo", "predict", "evaluate", "classify", "train", "info")
+COMMANDS = ("demo", "predict", "add", "export", "remake", "evaluate", "classify", "train", "info")
 SIDE = 16
 
 
