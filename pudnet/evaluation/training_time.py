@@ -354,7 +354,7 @@ def _draw_panel(axis: Any, record: Mapping[str, Any]) -> None:
     top1 = 100 * prediction["top1"]
     for run in record["training"]["runs"]:
         _, seconds, tops = zip(*run["curve"], strict=True)
-        label = f"{OPTIMIZERS[run['optimizer']]} from scratch" if run["epochs"] == min_epochs(record) else None
+        label = f"{OPTIMIZERS[run['optimizer']]} from scratch" if run["epochs"] == _shortest(record) else None
         colour = colours[run["optimizer"]]
         axis.plot(seconds, [100 * top for top in tops], color=colour, linewidth=0.8, alpha=0.8, label=label)
     axis.axhline(top1, color="tab:blue", linewidth=0.5)
@@ -370,7 +370,7 @@ def _draw_panel(axis: Any, record: Mapping[str, Any]) -> None:
     axis.set_title(record["title"], fontsize=8)
 
 
-def min_epochs(record: Mapping[str, Any]) -> int:
+def _shortest(record: Mapping[str, Any]) -> int:
     """Epochs of the shortest run."""
     return min(run["epochs"] for run in record["training"]["runs"])
 
