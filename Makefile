@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 DATA ?= ../shared/data
 DEVICE ?= cpu
 
-.PHONY: demo test stress lint results bench bench-scaling bench-compare bench-train performance wheel gpu
+.PHONY: demo test stress lint results results-architectures bench bench-scaling bench-compare bench-train performance wheel gpu
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -25,6 +25,10 @@ lint: $(READY)
 
 results: $(READY)
 	$(BIN)/python -m pudnet.evaluation --data $(DATA)
+
+# Predicted parameters on unseen architectures, half an hour; the baselines' checkpoints are in runs/ once trained.
+results-architectures: $(READY)
+	$(BIN)/python -m pudnet.evaluation.architectures --images $(DATA)/fashion_mnist.npz
 
 # Ten minutes, one thread: every op and pass against its reference. AGAIN=-again runs it a second time, beside the first.
 bench: $(READY)
