@@ -11,6 +11,7 @@ from torch import Tensor
 from pudnet import _extension, backends
 from pudnet.errors import DtypeError, InputError, ShapeError, message
 from pudnet.ops import reference
+from pudnet.ops._checks import require_no
 from pudnet.ops._schemas import empty_class_stats, empty_image_stats
 
 _NATIVE_CHANNELS = 16  # kMaxChannels in csrc/dataset_stats.h
@@ -62,16 +63,7 @@ def image_stats(
             labels would wait for the GPU, native marks such a call instead: counts are -1, class statistics NaN.
         BackendUnavailableError: the backend asked for cannot run this call.
     """
-    _require_tensor("image_stats", "images", images, 4, "[n, H, W, C]")
-    if images.dtype != torch.uint8:
-        raise DtypeError(message("image_stats", "images", "uint8", images.dtype))
-    _require_labels("image_stats", labels, images, num_classes)
-    channels = images.shape[3]
-    for name, constants in (("mean", mean), ("std", std)):
-        if len(constants) != channels:
-            raise ShapeError(message("image_stats", name, f"one number per channel ({channels})", list(constants)))
-    if min(std) <= 0:
-        raise InputError(message("image_stats", "std", "positive", list(std)))
+    _check_image_stats(images, labels, num_classes, mean, std)
     arguments = (images, labels, num_classes, [float(x) for x in mean], [float(x) for x in std])
     return ImageStats(*backends.call("image_stats", images.device, backend, *arguments))
 
@@ -97,11 +89,30 @@ def class_stats(
         InputError: as for ``image_stats``.
         BackendUnavailableError: the backend asked for cannot run this call.
     """
+    _check_class_stats(features, labels, num_classes)
+    return ClassStats(*backends.call("class_stats", features.device, backend, features, labels, num_classes))
+
+
+def _check_image_stats(
+    images: Tensor, labels: Tensor, num_classes: int, mean: Sequence[float], std: Sequence[float]
+) -> None:
+    _require_tensor("image_stats", "images", images, 4, "[n, H, W, C]")
+    if images.dtype != torch.uint8:
+        raise DtypeError(message("image_stats", "images", "uint8", images.dtype))
+    _require_labels("image_stats", labels, images, num_classes)
+    channels = images.shape[3]
+    for name, constants in (("mean", mean), ("std", std)):
+        if len(constants) != channels:
+            raise ShapeError(message("image_stats", name, f"one number per channel ({channels})", list(constants)))
+    if min(std) <= 0:
+        raise InputError(message("image_stats", "std", "positive", list(std)))
+
+
+def _check_class_stats(features: Tensor, labels: Tensor, num_classes: int) -> None:
     _require_tensor("class_stats", "features", features, 2, "[n, F]")
     if features.dtype not in (torch.float32, torch.float64):
         raise DtypeError(message("class_stats", "features", "float32 or float64", features.dtype))
     _require_labels("class_stats", labels, features, num_classes)
-    return ClassStats(*backends.call("class_stats", features.device, backend, features, labels, num_classes))
 
 
 def _require_tensor(op: str, name: str, value: object, rank: int, shape: str) -> None:
@@ -164,6 +175,8 @@ def _launch(op: str, workspace_sizes: tuple[int, int, int], rows: Tensor, argume
 def _image_stats_native(
     images: Tensor, labels: Tensor, num_classes: int, mean: list[float], std: list[float]
 ) -> tuple[Tensor, ...]:
+    _check_image_stats(images, labels, num_classes, mean, std)
+    require_no("image_stats", why_not_native_image_stats(images, labels, num_classes, mean, std))
     images, labels = images.contiguous(), labels.contiguous()  # a copy where they are not dense already
     n, height, width, channels = images.shape
     sketch, channel_mean, channel_var, means, variances, counts = outputs = empty_image_stats(
@@ -191,6 +204,8 @@ def _image_stats_native(
 
 @torch.library.impl("pudnet::class_stats", ("cpu", "cuda"))
 def _class_stats_native(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, ...]:
+    _check_class_stats(features, labels, num_classes)
+    require_no("class_stats", why_not_native_class_stats(features, labels, num_classes))
     labels = labels.contiguous()
     if features.stride(1) != 1:
         features = features.contiguous()  # rows may lie apart, the features of a row may not

@@ -10,8 +10,9 @@ from torch import Tensor
 
 import pudnet.ops._schemas  # noqa: F401 - defines torch.ops.pudnet
 from pudnet import backends
-from pudnet.errors import DtypeError, ShapeError, message
+from pudnet.errors import DtypeError, InputError, ShapeError, message
 from pudnet.ops import _native_generation, reference
+from pudnet.ops._checks import require_no, require_rank, require_shapes, require_together
 
 
 def generate_weights(
@@ -44,33 +45,55 @@ def generate_weights(
         DtypeError: ``dtype`` is not a floating-point type.
         BackendUnavailableError: the backend asked for cannot run this call.
     """
-    layers, width = mix_weight.shape[0], fc_weight.shape[-1]
-    hidden = mix_weight.shape[-1]
-    if codes.ndim != 3 or tuple(codes.shape[1:]) != (layers, width):
-        raise ShapeError(message("generate_weights", "codes", f"[B, {layers}, {width}]", list(codes.shape)))
-    if len(shapes) != 4 * layers:
-        rule = f"O, I, kH, kW of {layers} layers"
-        raise ShapeError(message("generate_weights", "shapes", rule, f"{len(shapes)} numbers"))
+    dtype = dtype or codes.dtype
+    check(codes, fc_weight, fc_bias, mix_weight, mix_bias, row_weight, row_bias, shapes, dtype)
+    weights: Tensor = backends.call(
+        "generate_weights", codes.device, backend,
+        codes, fc_weight, fc_bias, mix_weight, mix_bias, row_weight, row_bias, shapes, dtype,
+    )  # fmt: skip
+    return weights
+
+
+def check(
+    codes: Tensor,
+    fc_weight: Tensor,
+    fc_bias: Tensor,
+    mix_weight: Tensor,
+    mix_bias: Tensor,
+    row_weight: Tensor,
+    row_bias: Tensor,
+    shapes: list[int],
+    dtype: torch.dtype,
+) -> None:
+    """Raise ShapeError or DtypeError unless the arguments of ``generate_weights`` fit each other."""
+    op = "generate_weights"
+    require_rank(op, "mix_weight", mix_weight, 3)
+    require_rank(op, "fc_weight", fc_weight, 2)
+    require_rank(op, "codes", codes, 3)
+    layers, _, hidden = mix_weight.shape
+    width = fc_weight.shape[1]
+    if len(shapes) != 4 * layers or any(size < 1 for size in shapes):
+        raise ShapeError(message(op, "shapes", f"O, I, kH, kW of {layers} layers, positive", shapes))
     rows = sum(o * i for o, i in zip(shapes[0::4], shapes[1::4], strict=True))
     fc_rows = hidden * sum(kh * kw for kh, kw in zip(shapes[2::4], shapes[3::4], strict=True))
-    for name, tensor, expected in (
+    expected = (
+        ("codes", codes, (codes.shape[0], layers, width)),
         ("fc_weight", fc_weight, (fc_rows, width)),
         ("fc_bias", fc_bias, (fc_rows,)),
         ("mix_weight", mix_weight, (layers, 2 * hidden, hidden)),
         ("mix_bias", mix_bias, (layers, 2 * hidden)),
         ("row_weight", row_weight, (rows, 2 * hidden)),
         ("row_bias", row_bias, (rows,)),
-    ):
-        if tuple(tensor.shape) != expected:
-            raise ShapeError(message("generate_weights", name, str(list(expected)), list(tensor.shape)))
-    dtype = dtype or codes.dtype
+    )
+    require_shapes(op, expected)
     if not dtype.is_floating_point:
-        raise DtypeError(message("generate_weights", "dtype", "a floating-point type", dtype))
-    weights: Tensor = backends.call(
-        "generate_weights", codes.device, backend,
-        codes, fc_weight, fc_bias, mix_weight, mix_bias, row_weight, row_bias, shapes, dtype,
-    )  # fmt: skip
-    return weights
+        raise DtypeError(message(op, "dtype", "a floating-point type", dtype))
+
+
+def _chosen(table: dict[str, Callable[..., Any]], backend: str) -> Callable[..., Any]:
+    if backend not in table:
+        raise InputError(message("generate_weights", "backend", f"one of {sorted(table)}", repr(backend)))
+    return table[backend]
 
 
 def _forward_triton(*arguments: Any) -> Tensor:
@@ -99,13 +122,23 @@ _BACKWARD: dict[str, Callable[..., tuple[Tensor, ...]]] = {
 @torch.library.impl("pudnet::generate_weights", ("cpu", "cuda"))
 def _forward(*arguments: Any) -> Tensor:
     *rest, backend = arguments
-    return _FORWARD[backend](*rest)
+    run = _chosen(_FORWARD, backend)
+    check(*rest)
+    require_together("generate_weights", rest[:7])
+    if backend == "native":
+        require_no("generate_weights", _native_generation.why_not(*rest))
+    return run(*rest)
 
 
 @torch.library.impl("pudnet::generate_weights_backward", ("cpu", "cuda"))
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    *rest, backend = arguments
-    return _BACKWARD[backend](*rest)
+    d_weights, *tensors, shapes, backend = arguments
+    run = _chosen(_BACKWARD, backend)
+    check(*tensors, shapes, tensors[0].dtype)
+    require_together("generate_weights", [d_weights, *tensors])
+    size = _native_generation.flat_size(shapes)
+    require_shapes("generate_weights", [("d_weights", d_weights, (len(tensors[0]), size))])
+    return run(d_weights, *tensors, shapes)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

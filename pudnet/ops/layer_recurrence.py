@@ -9,8 +9,8 @@ from torch import Tensor
 
 import pudnet.ops._schemas  # noqa: F401 - defines torch.ops.pudnet
 from pudnet import backends
-from pudnet.errors import ShapeError, message
 from pudnet.ops import _native_recurrence, reference
+from pudnet.ops._native_recurrence import check
 
 
 def layer_recurrence(
@@ -45,23 +45,10 @@ def layer_recurrence(
         ShapeError: the tensors do not fit each other.
         BackendUnavailableError: the backend asked for cannot run this call.
     """
-    layers, width, steps = bias_hh.shape[0], start.shape[0], code_norm_weight.shape[0]
-    if state.ndim != 3 or tuple(state.shape[1:]) != (layers, width):
-        raise ShapeError(message("layer_recurrence", "state", f"[B, {layers}, {width}]", list(state.shape)))
-    for name, tensor, expected in (
-        ("weight_ih", weight_ih, (layers, 3 * width, width)),
-        ("weight_hh", weight_hh, (layers, 3 * width, width)),
-        ("bias_ih", bias_ih, (layers, 3 * width)),
-        ("bias_hh", bias_hh, (layers, 3 * width)),
-        ("out_weight", out_weight, (width, width)),
-        ("out_bias", out_bias, (width,)),
-        ("state_norm_weight", state_norm_weight, (width,)),
-        ("state_norm_bias", state_norm_bias, (width,)),
-        ("code_norm_weight", code_norm_weight, (steps, width)),
-        ("code_norm_bias", code_norm_bias, (steps, width)),
-    ):
-        if tuple(tensor.shape) != expected:
-            raise ShapeError(message("layer_recurrence", name, str(list(expected)), list(tensor.shape)))
+    check(
+        state, start, weight_ih, weight_hh, bias_ih, bias_hh, out_weight, out_bias,
+        state_norm_weight, state_norm_bias, code_norm_weight, code_norm_bias,
+    )  # fmt: skip
     codes: Tensor = backends.call(
         "layer_recurrence", state.device, backend,
         state, start, weight_ih, weight_hh, bias_ih, bias_hh, out_weight, out_bias,
@@ -74,6 +61,7 @@ def layer_recurrence(
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     from pudnet.kernels.layer_recurrence import launch_layer_recurrence_fwd
 
+    check(*arguments[:12])
     outputs: tuple[Tensor, Tensor, Tensor] = launch_layer_recurrence_fwd(*arguments)
     return outputs
 

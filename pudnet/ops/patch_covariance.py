@@ -11,6 +11,7 @@ from torch import Tensor
 from pudnet import _extension, backends
 from pudnet.errors import DtypeError, InputError, ShapeError, message
 from pudnet.ops import reference
+from pudnet.ops._checks import require_no, require_rank
 from pudnet.ops._schemas import empty_patch_covariance
 
 _BACKWARD_ELEMENTS = 2**22  # of the temporary arrays of the gradient, which takes images in pieces
@@ -66,12 +67,7 @@ def patch_covariance(
     if images.ndim not in (4, 5) or 0 in images.shape[-3:]:
         rule = "of shape [n, C, H, W] or [B, n, C, H, W] without empty axes C, H, W"
         raise ShapeError(message("patch_covariance", "images", rule, list(images.shape)))
-    if padding < 0:
-        raise InputError(message("patch_covariance", "padding", "at least 0", padding))
-    largest = min(images.shape[-2:]) + 2 * padding
-    if not 1 <= kernel_size <= largest:
-        rule = f"from 1 to {largest}, the size of an image with its padding"
-        raise InputError(message("patch_covariance", "kernel_size", rule, kernel_size))
+    _check_kernel(images, kernel_size, padding)
     if (labels is None) != (num_classes is None):
         raise InputError(message("patch_covariance", "num_classes", "given if and only if labels are", num_classes))
     rows = images.shape[:-3]
@@ -89,6 +85,15 @@ def patch_covariance(
     if not batched:
         means, covariances, counts = means[0], covariances[0], counts[0]
     return PatchCovariance(means, covariances, counts)
+
+
+def _check_kernel(images: Tensor, kernel_size: int, padding: int) -> None:
+    if padding < 0:
+        raise InputError(message("patch_covariance", "padding", "at least 0", padding))
+    largest = min(images.shape[-2:]) + 2 * padding
+    if not 1 <= kernel_size <= largest:
+        rule = f"from 1 to {largest}, the size of an image with its padding"
+        raise InputError(message("patch_covariance", "kernel_size", rule, kernel_size))
 
 
 def _require_labels(labels: object, images: Tensor, num_classes: int | None) -> int:
@@ -118,6 +123,10 @@ def why_not_native(images: Tensor, labels: Tensor, num_classes: int, kernel_size
 def _native(
     images: Tensor, labels: Tensor, num_classes: int, kernel_size: int, padding: int, instruction_set: str = ""
 ) -> tuple[Tensor, Tensor, Tensor]:
+    require_rank("patch_covariance", "images", images, 5)
+    classes = _require_labels(labels, images, num_classes)
+    _check_kernel(images, kernel_size, padding)
+    require_no("patch_covariance", why_not_native(images, labels, classes, kernel_size, padding))
     module = _extension.load()
     batch, n = labels.shape
     groups = batch * num_classes
@@ -140,7 +149,10 @@ def _native(
         "counts": counts.data_ptr(),
     }
     if images.device.type == "cpu":
-        module.patch_covariance_cpu(**arguments, threads=torch.get_num_threads(), instruction_set=instruction_set)
+        try:
+            module.patch_covariance_cpu(**arguments, threads=torch.get_num_threads(), instruction_set=instruction_set)
+        except ValueError as error:
+            raise InputError(str(error)) from error
         return outputs
     size = module.patch_covariance_workspace(len(flat), flat.shape[1], groups, means.shape[2])
     workspace = torch.empty(size, dtype=torch.uint8, device=images.device)

@@ -291,7 +291,8 @@ class _Log:
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=steps + 1 if steps else None)
+            with self._writing():
+                self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=steps + 1 if steps else None)
         except ImportError:
             logger.info("tensorboard is not installed: losses go to %s only", self.path)
 
@@ -303,14 +304,19 @@ class _Log:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         seconds = round(time.time() - self.started, 1)
-        try:
+        with self._writing():
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, "seconds": seconds, **values}) + "\n")
             if self.board is not None:
                 for name, value in values.items():
                     self.board.add_scalar(name, value, step)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            got = f"{str(self.path)!r} ({error.strerror})"
+            got = f"{str(self.path.parent)!r} ({error.strerror})"
             raise InputError(message("train", "run.output", "a folder that can be written", got)) from error
 
     def close(self) -> None:

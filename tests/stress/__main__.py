@@ -7,6 +7,7 @@ their figures of the last time. The exit status is 1 where a part failed.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import platform
@@ -106,6 +107,7 @@ def main() -> int:
         parser.error(f"unknown parts: {', '.join(unknown)}")
     chosen = [parts[name] for name in options.parts or parts]
     if options.here:
+        faulthandler.enable()
         figures = measured(chosen[0], options.count or chosen[0].full, options.seed)
         options.here.write_text(json.dumps(figures))
         return 0

@@ -54,7 +54,7 @@ def run(count: int, seed: int) -> Figures:
     failures, outcomes, slowest, longest = [], Counter(), 0.0, 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        kinds = _kinds(folder)
+        kinds = good_files(folder)
         start = _peak()
         for case in range(count):
             rng = random.Random(f"{seed}/{case}")
@@ -90,7 +90,7 @@ def run(count: int, seed: int) -> Figures:
     }
 
 
-def _kinds(folder: Path) -> dict[str, tuple[bytes, Callable[[Path], object]]]:
+def good_files(folder: Path) -> dict[str, tuple[bytes, Callable[[Path], object]]]:
     """By kind: the bytes of a good file, and the function that reads one."""
     files: dict[str, tuple[bytes, Callable[[Path], object]]] = {}
     rng = np.random.default_rng(0)

@@ -7,6 +7,7 @@ import os
 import random
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +36,7 @@ def training(count: int, seed: int) -> Figures:
     kills = runs = most_left = most_lost = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rng_images = np.random.default_rng(0)
-        pixels = rng_images.integers(0, 256, (24, 8, 8, 3), dtype=np.uint8)
-        np.savez(folder / "data.npz", x_train=pixels, y_train=np.arange(24) % 4)
+        write_data(folder)
         usual, seconds = _undisturbed(folder)
         while kills < count:
             place = folder / f"run{runs}"
@@ -67,7 +66,14 @@ def training(count: int, seed: int) -> Figures:
     }
 
 
-def _train(folder: Path) -> None:
+def write_data(folder: Path) -> None:
+    """Images to train on."""
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 3), dtype=np.uint8)
+    np.savez(folder / "data.npz", x_train=pixels, y_train=np.arange(24) % 4)
+
+
+def train_tiny(folder: Path, output: Path, on_step: Callable[[int, object], None] | None = None) -> None:
+    """Train on the images in ``folder``, or go on with the run in ``output``; a checkpoint after every step."""
     config = TrainingConfig.from_dict(
         {
             "target": "convnet3",
@@ -76,11 +82,21 @@ def _train(folder: Path) -> None:
             "augment": {"crop": 1},
             "optimiser": {"steps": STEPS, "decay": 4, "warmup": 2},
             "model": {"image_size": 8, **TINY},
-            "run": {"output": str(RUN), "amp": False, "checkpoint_minutes": 0.0, "log_every": 1, "validate_every": 5},
+            "run": {
+                "output": str(output),
+                "amp": False,
+                "checkpoint_minutes": 0.0,
+                "log_every": 1,
+                "validate_every": 5,
+            },
         }
     )
+    train(config, resume=True, on_step=on_step)
+
+
+def _train(folder: Path) -> None:
     with open("begun", "w", buffering=1) as begun:
-        train(config, resume=True, on_step=lambda done, _: print(done, file=begun))
+        train_tiny(folder, RUN, lambda done, _: print(done, file=begun))
 
 
 def _undisturbed(folder: Path) -> tuple[dict[str, bytes], float]:

@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from pudnet.errors import PudnetError
@@ -38,13 +39,17 @@ def start(work: Callable[[], object], log: Path) -> int:
         work()
         code = DONE
     except PudnetError as error:
-        print(error, file=sys.stderr)
         code = REFUSED
+        _say(str(error))
     except BaseException:
-        traceback.print_exc()
+        _say(traceback.format_exc())
     finally:
-        sys.stderr.flush()
         os._exit(code)
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # the disk may be full for this as well
+        os.write(2, text.encode(errors="replace"))
 
 
 def wait(child: int) -> int:
