@@ -171,3 +171,50 @@ def test_a_network_that_cannot_be_traced_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"torch\.export can take"):
         model.export(tmp_path / "model.pt2")
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- docs/production.md -------------------------------------------------------------------------------------------
+
+
+def block(name: str) -> str:
+    """The code of docs/production.md behind the mark ``<!-- test: name -->``."""
+    text = (Path(__file__).parent.parent / "docs" / "production.md").read_text()
+    return text.partition(f"<!-- test: {name} -->\n```python\n")[2].partition("```")[0]
+
+
+def test_the_documented_ways_to_use_the_files(
+    model: pudnet.PredictedModel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+
+    from pudnet.data.pillow import read_image
+
+    monkeypatch.chdir(tmp_path)
+    for suffix in FORMATS:
+        (tmp_path / f"model.{suffix}").symlink_to(folder / f"model.{suffix}")
+    rng = np.random.default_rng(0)
+    for name, shape in {"rose": (40, 23, 4), "tulip": (33, 61)}.items():
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(f"{name}.png")
+    names: dict[str, Any] = {"network": Ordinary()}
+    for part in ("prepare", "program", "backbone"):
+        exec(block(part), names)
+    ours = model.preprocess.resize([torch.from_numpy(read_image(Path(f"{name}.png"))) for name in ("rose", "tulip")])
+    assert np.abs(names["images"].astype(int) - ours.numpy().astype(int)).max() <= 1
+    torch.testing.assert_close(names["probabilities"], expected(model, torch.from_numpy(names["images"]))[1])
+    assert names["classes"] == ["rose", "tulip", "lily"] and set(names["answers"]) <= set(names["classes"])
+    torch.testing.assert_close(names["network"].convs[0].weight, model.network.convs[0].weight)  # type: ignore[index,union-attr]
+
+
+def test_the_documented_preparation_is_within_one_grey_level(tmp_path: Path) -> None:
+    from PIL import Image
+
+    from pudnet.data.pillow import read_image
+
+    names: dict[str, Any] = {}
+    exec(block("prepare").partition("session =")[0], names)
+    rng = np.random.default_rng(0)
+    preprocess = Preprocess(32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    for shape in [*rng.integers(1, 90, (30, 2)).tolist(), [500, 333, 3], [40, 40, 4], [9, 50], [1, 300]]:
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(tmp_path / "x.png")
+        ours = preprocess.resize([torch.from_numpy(read_image(tmp_path / "x.png"))])[0].numpy()
+        assert np.abs(names["prepare"](tmp_path / "x.png", 32).astype(int) - ours).max() <= 1, shape

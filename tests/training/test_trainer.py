@@ -172,3 +172,14 @@ def test_errors(settings, tmp_path):
     settings["data"][0]["held_out"] = []
     with pytest.raises(InputError, match="can be written"):
         train(config_of(settings, output=str(blocked / "run")))
+
+
+def test_deterministic_algorithms_are_respected(settings, tmp_path):
+    settings["optimiser"] |= {"steps": 4, "warmup": 1, "decay": 1}
+    usual = tensors(train(config_of(settings)))
+    torch.use_deterministic_algorithms(True)  # memory that nobody wrote is NaN then
+    try:
+        again = tensors(train(config_of(settings, output=str(tmp_path / "again"))))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_equal(again, usual)
