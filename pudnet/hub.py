@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from pudnet import checkpoint
 from pudnet._version import __version__
 from pudnet.errors import InputError, message
-from pudnet.files import open_tensors
+from pudnet.files import atomic_path, open_tensors
 
 TEMPLATE = """---
 {{ card_data }}
@@ -123,8 +123,11 @@ class Shared:
             def _save_pretrained(self, save_directory: Path) -> None:
                 path = save_directory / shared.hub_file
                 shared.save(path)
-                with open_tensors(path, checkpoint.HEADER_KEY, "save_pretrained") as (header, _):
-                    (save_directory / "config.json").write_text(json.dumps(header, indent=2), encoding="utf-8")
+                with (
+                    open_tensors(path, checkpoint.HEADER_KEY, "save_pretrained") as (header, _),
+                    atomic_path(save_directory / "config.json", "save_pretrained") as temporary,
+                ):
+                    temporary.write_text(json.dumps(header, indent=2), encoding="utf-8")
 
             def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
                 parts = {key: value for key, value in shared.card_parts(name).items() if key != "tags"}

@@ -94,6 +94,17 @@ def _resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE") // 2**20
 
 
+def _report(parts: dict[str, Part], name: str, figures: Figures) -> None:
+    """Renew the figures of one part; the others' stay."""
+    document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    document[name] = figures
+    ordered = {name: document[name] for name in parts if name in document}
+    with atomic_path(RESULTS, "stress") as temporary:
+        temporary.write_text(json.dumps(ordered, indent=1) + "\n")
+    with atomic_path(PAGE, "stress") as temporary:
+        temporary.write_text(table(ordered))
+
+
 def main() -> int:
     parts = load()
     parser = argparse.ArgumentParser(prog="stress", description=__doc__)
@@ -111,20 +122,14 @@ def main() -> int:
         figures = measured(chosen[0], options.count or chosen[0].full, options.seed)
         options.here.write_text(json.dumps(figures))
         return 0
-    document = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     failed = False
     for part in chosen:
         figures = apart(part, options.count or part.full, options.seed)
         figures["made_with"] = f"{__version__}, {platform.python_version()}"
         failed = failed or bool(figures["failures"])
         print(json.dumps({part.name: figures}, indent=1), flush=True)
-        document[part.name] = figures
-    if not options.dry:
-        ordered = {name: document[name] for name in parts if name in document}
-        with atomic_path(RESULTS, "stress") as temporary:
-            temporary.write_text(json.dumps(ordered, indent=1) + "\n")
-        with atomic_path(PAGE, "stress") as temporary:
-            temporary.write_text(table(ordered))
+        if not options.dry:
+            _report(parts, part.name, figures)
     return int(failed)
 
 
