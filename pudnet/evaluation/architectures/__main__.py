@@ -1,4 +1,4 @@
-"""``python -m pudnet.evaluation.architectures``: the table and the picture of docs/architectures.md."""
+"""``python -m pudnet.evaluation.architectures``: tables and picture of docs/architectures.md, numbers of the card."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread; 0: this one")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/architectures.json"), help="the numbers")
     parser.add_argument("--page", type=Path, default=Path("docs/architectures.md"), help="the page with the markers")
+    parser.add_argument("--card", type=Path, default=Path("pudnet/pretrained/ghn2-fashion.md"), help="the model card")
     return parser
 
 
@@ -94,7 +95,10 @@ def _run(options: argparse.Namespace, command: str) -> None:
     picture = options.json.with_suffix(".svg")
     tables.draw(complete, picture)
     pages.write_section(options.page, SECTION, tables.markdown(complete, os.path.relpath(picture, options.page.parent)))
-    print(f"{options.json}, {picture} and the section {SECTION!r} of {options.page}", file=sys.stderr)
+    pages.write_section(options.card, SECTION, tables.card(complete))
+    print(
+        f"{options.json}, {picture} and the section {SECTION!r} of {options.page} and {options.card}", file=sys.stderr
+    )
 
 
 def _earlier(path: Path) -> dict[str, Any]:
@@ -133,8 +137,12 @@ def _document(
 
 def _described(checkpoint: measure.Checkpoint) -> dict[str, Any]:
     training = GHN.load(checkpoint.path).card.get("training", {})
-    steps = training.get("optimiser", {}).get("steps")
-    return {"sha256": checkpoint.sha256, "steps": steps, "seed": training.get("seed")}
+    return {
+        "sha256": checkpoint.sha256,
+        "steps": training.get("optimiser", {}).get("steps"),
+        "architectures": training.get("networks", {}).get("batch"),
+        "seed": training.get("seed"),
+    }
 
 
 if __name__ == "__main__":

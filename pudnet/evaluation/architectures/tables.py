@@ -36,9 +36,7 @@ def markdown(document: Mapping[str, Any], picture: str) -> list[str]:
         "",
         *_networks(document, found),
         "",
-        "Top-1 in per cent, mean over all networks ± standard error (best network):",
-        "",
-        *_accuracy(found, [method for method in METHODS if method not in EPOCHS]),
+        *_all_networks(found),
         "",
         f"The first {document['trained']} networks of each split, which SGD has trained as well:",
         "",
@@ -51,6 +49,11 @@ def markdown(document: Mapping[str, Any], picture: str) -> list[str]:
         *_ranks(found, document["trained"]),
         f"![Accuracy on unseen architectures]({picture})",
     ]
+
+
+def card(document: Mapping[str, Any]) -> list[str]:
+    """The generated section of the model card."""
+    return [*_setting(document), "", *_all_networks(_by_split(document["records"]))]
 
 
 Found = dict[str, dict[str, dict[int, Record]]]  # split -> method -> number of the network
@@ -95,7 +98,10 @@ def _setting(document: Mapping[str, Any]) -> list[str]:
             "the split val and other training images."
         )
     for method, one in document["checkpoints"].items():
-        lines.append(f"- {TITLES[method]}: {one['steps']} steps, seed {one['seed']}, sha256 `{one['sha256'][:16]}`.")
+        lines.append(
+            f"- {TITLES[method]}: {one['steps']} steps of {one['architectures']} architecture(s), seed {one['seed']}, "
+            f"sha256 `{one['sha256'][:16]}`."
+        )
     return lines
 
 
@@ -114,6 +120,11 @@ def _networks(document: Mapping[str, Any], found: Found) -> list[str]:
             f"{statistics.fmean(parameters):,.0f} ({min(parameters):,} to {max(parameters):,})",
         ])  # fmt: skip
     return _table(["split", "networks", "cells at most", "parameters at most", "nodes", "parameters"], rows)
+
+
+def _all_networks(found: Found) -> list[str]:
+    title = "Top-1 in per cent, mean over all networks ± standard error (best network):"
+    return [title, "", *_accuracy(found, [method for method in METHODS if method not in EPOCHS])]
 
 
 def _accuracy(found: Found, methods: Sequence[str], first: int | None = None) -> list[str]:
