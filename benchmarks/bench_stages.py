@@ -22,7 +22,7 @@ from torch import Tensor
 from workloads import NETWORKS, images, plain_ghn
 
 from pudnet.graphs import trace
-from pudnet.heads import HEADS, Head, fit_head
+from pudnet.heads import Head, fit_head
 from pudnet.interop import import_released_ghn2
 from pudnet.sketch import sketch
 
@@ -95,7 +95,7 @@ def plain_head(name: str, lam: float, rows: Tensor, labels: Tensor) -> dict[str,
 
 
 @pytest.mark.parametrize(("count", "width"), [(1000, 512), (10_000, 512)])
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", ["cosine", "ridge"])  # of one vector per image, ridge-last is ridge
 def test_head(timed: Callable[..., None], name: str, count: int, width: int) -> None:
     rows, labels = features(count, width)
 

@@ -33,7 +33,7 @@ DEVICE = torch.device(os.environ.get("PUDNET_BENCH_DEVICE", "cpu"))
 SECONDS = float(os.environ.get("PUDNET_BENCH_SECONDS", "1.5"))  # of timing for one row, more or less
 COMPILE = os.environ.get("PUDNET_BENCH_COMPILE") == "1"  # torch.compile wherever it can run, not only where it is quick
 LEAST_ROUNDS, MOST_ROUNDS = 5, 100
-WARM_UPS = 2
+WARM_UPS = 1
 NOISE = 1.1  # ratios of the same thing may differ by this factor
 COPY_BYTES = 70 << 20  # as much as ResNet-18's generation reads and writes, half each; far more than a CPU's caches
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux
