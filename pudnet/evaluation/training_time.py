@@ -338,15 +338,15 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
 
     records = document["datasets"]
     with rc_context({"svg.hashsalt": "pudnet", "svg.fonttype": "none", "font.size": 8}):
-        figure = Figure(figsize=(3.1 * len(records), 3.0))
+        figure = Figure(figsize=(max(7.0, 2.9 * len(records)), 3.6), layout="constrained")
         axes = figure.subplots(1, len(records), squeeze=False)[0]
         for axis, record in zip(axes, records, strict=True):
             _draw_panel(axis, record)
         axes[0].set_ylabel("top-1 %")
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=5, frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
         with atomic_path(path, "training_time") as temporary:
-            figure.savefig(temporary, format="svg", metadata={"Date": None}, bbox_inches="tight")
+            figure.savefig(temporary, format="svg", metadata={"Date": None})
 
 
 def _draw_panel(axis: Any, record: Mapping[str, Any]) -> None:
