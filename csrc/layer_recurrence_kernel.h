@@ -1,6 +1,7 @@
 // The vector code of layer_recurrence.cpp; see instruction_set.h.
 
 #include "affine_kernel.h"
+#include "layer_norm_kernel.h"
 
 // e^x to a few units in the last place: x = n ln 2 + r, the series of e^r, and n into the exponent.
 inline Floats exponential(Floats x) {
@@ -27,20 +28,6 @@ inline Floats tanh(Floats x) {
   return x < 0.0f ? -t : t;
 }
 
-// The part of a row that fills no register is worked on in a padded copy: same code, no tail loops.
-inline Floats load_part(const float* from, std::int64_t count) {
-  if (count >= kLanes) return load(from);
-  float lanes[kLanes] = {};
-  for (std::int64_t j = 0; j < count; ++j) lanes[j] = from[j];
-  return load(lanes);
-}
-inline void store_part(float* to, Floats value, std::int64_t count) {
-  if (count >= kLanes) return store(to, value);
-  float lanes[kLanes];
-  store(lanes, value);
-  for (std::int64_t j = 0; j < count; ++j) to[j] = lanes[j];
-}
-
 // One GRU cell: `hidden` becomes the new state, from both maps of gates [3D] in the order r, z, n.
 inline void gru_cell(const float* gates_x, const float* gates_h, std::int64_t width, float* hidden) {
   for (std::int64_t j = 0; j < width; j += kLanes) {
@@ -50,22 +37,6 @@ inline void gru_cell(const float* gates_x, const float* gates_h, std::int64_t wi
     const Floats n = tanh(load_part(gates_x + 2 * width + j, count) + r * load_part(gates_h + 2 * width + j, count));
     store_part(hidden + j, (1.0f - z) * n + z * load_part(hidden + j, count), count);
   }
-}
-
-inline void layer_norm(const float* x, std::int64_t width, const float* weight, const float* bias, float* out) {
-  Floats total{};
-  for (std::int64_t j = 0; j < width; j += kLanes) total += load_part(x + j, width - j);
-  const float mean = sum(total) / static_cast<float>(width);
-  Floats squares{};
-  for (std::int64_t j = 0; j < width; j += kLanes) {
-    Floats off = load_part(x + j, width - j) - mean;
-    if (width - j < kLanes) {
-      for (std::int64_t lane = width - j; lane < kLanes; ++lane) off[lane] = 0.0f;
-    }
-    squares += off * off;
-  }
-  const float scale = 1.0f / std::sqrt(sum(squares) / static_cast<float>(width) + 1e-5f);
-  for (std::int64_t j = 0; j < width; ++j) out[j] = (x[j] - mean) * scale * weight[j] + bias[j];
 }
 
 // Datasets `first` .. `first` + n - 1, all steps. `scratch` has n * (G + 8) * D floats.

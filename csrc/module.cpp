@@ -14,6 +14,7 @@
 #include "device.h"
 #include "generate_weights.h"
 #include "layer_recurrence.h"
+#include "module_embedding.h"
 #include "module_graphs.h"
 #include "module_patches.h"
 
@@ -25,7 +26,7 @@ using pudnet::ClassStats;
 using pudnet::ImageStats;
 
 // Raise together with INTERFACE in pudnet/_extension.py whenever a signature below changes.
-constexpr int kInterface = 3;
+constexpr int kInterface = 4;
 
 [[noreturn]] void refuse(const std::string& text) { throw std::invalid_argument("pudnet._C: " + text); }
 
@@ -156,6 +157,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native code of pudnet; see csrc/. Call it through pudnet.ops.";
   m.def("build_info", &build_info);
+  bind_embedding(m);
   bind_graphs(m);
   bind_patches(m);
   using address = std::uintptr_t;

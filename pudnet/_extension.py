@@ -12,7 +12,7 @@ import pudnet
 from pudnet.errors import BackendUnavailableError
 
 # The signatures of csrc/module.cpp this package calls; raise it together with kInterface there.
-INTERFACE = 3
+INTERFACE = 4
 
 _REBUILD = "Rebuild it in the checkout with: pip install -e . --no-build-isolation --no-deps"
 

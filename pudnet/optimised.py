@@ -22,6 +22,7 @@ from torch import Tensor
 from pudnet import _extension, ops
 from pudnet.errors import DtypeError, InputError, ShapeError, message
 from pudnet.models.pudnet import PudNet
+from pudnet.ops import _native_embedding
 from pudnet.ops import _native_generation as native
 from pudnet.sketch import Sketch
 
@@ -121,6 +122,7 @@ class OptimisedPudNet:
         shift = -torch.tensor(self.preprocess.mean, dtype=torch.float64) / std
         self._scale = (1 / (255 * std)).to(self.device, torch.float32).view(3, 1, 1)
         self._shift = shift.to(self.device, torch.float32).view(3, 1, 1)
+        self._encoder = self._packed_encoder() if self.backend == "native" else None
 
     def generate(self, images: Any, *, out: Tensor | None = None, stream: Any = None) -> dict[str, Tensor]:
         """Predict the weights for one dataset.
@@ -191,14 +193,26 @@ class OptimisedPudNet:
         pixels = parts[0] if len(parts) == 1 else torch.cat([part.to(self.device) for part in parts])
         return pixels.to(self.device, non_blocking=True), [len(part) for part in parts]
 
+    def _packed_encoder(self) -> _native_embedding.PackedEncoder | None:
+        """The encoder as native code reads it, where that can run it on images of the target's size."""
+        layers = (list(self._embedding.convs), self._embedding.linear, self._embedding.norm)
+        if self._sketch_size != self.preprocess.size or _native_embedding.why_not(*layers):
+            return None
+        return _native_embedding.pack(*layers, self._scale.flatten().tolist(), self._shift.flatten().tolist())
+
     def _codes(self, pixels: Tensor, counts: list[int]) -> Tensor:
         """uint8 ``[n, H, W, 3]`` -> codes ``[B, L, D]``."""
+        codes: Tensor
+        if self._encoder is not None:
+            features = _native_embedding.image_features(pixels, self._encoder)
+            codes = self._recurrence(self._embedding.pool(features, counts))
+            return codes
         planes = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         images = planes.mul_(self._scale).add_(self._shift)  # as Preprocess.normalise
         side = self._sketch_size
         if images.shape[-1] != side:
             images = F.interpolate(images, (side, side), mode="bilinear", antialias=True, align_corners=False)
-        codes: Tensor = self._recurrence(self._embedding(images, counts))
+        codes = self._recurrence(self._embedding(images, counts))
         return codes
 
     def _generate(self, codes: Tensor, backend: str | None) -> Tensor:

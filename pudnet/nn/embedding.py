@@ -56,6 +56,9 @@ class DatasetEmbedding(nn.Module):
         Returns:
             ``[B, G, D]``, the initial state H_0 of the recurrence.
         """
-        features = self.image_features(images)
+        return self.pool(self.image_features(images), counts)
+
+    def pool(self, features: Tensor, counts: list[int]) -> Tensor:
+        """Means over the images of each sketch: ``[sum(counts), G * D] -> [B, G, D]``."""
         means = torch.stack([part.mean(dim=0) for part in torch.split(features, counts)])  # [B, G * D]
         return means.view(len(counts), self.layers, self.width)
