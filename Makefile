@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 DATA ?= ../shared/data
 DEVICE ?= cpu
 
-.PHONY: demo test stress lint results results-architectures bench bench-scaling bench-compare bench-train performance wheel gpu
+.PHONY: demo test stress docs lint results results-architectures bench bench-scaling bench-compare bench-train performance wheel gpu
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -18,6 +18,11 @@ test: lint
 # Fuzzers, injected faults and load at full counts, some minutes; writes docs/stress.md.
 stress: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m stress
+
+# The site, from docs/*.md and the docstrings, into build/site; needs no network.
+docs: $(READY)
+	$(BIN)/python -m sphinx -b html -W --keep-going -q docs build/site
+	$(BIN)/python docs/check_links.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -71,5 +76,5 @@ $(READY): Makefile pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	printf 'torch==2.13.0\ntriton==3.7.1\n' > $(VENV)/constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[all,test]'
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[all,docs,test]'
 	touch $@

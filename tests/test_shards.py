@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from stress.serving import small_dataset, small_predictor
+from test_tutorials import python_blocks
 from torch import Tensor
 
 import pudnet
@@ -130,19 +131,31 @@ dist.destroy_process_group()
 """
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[pudnet.PredictedModel]]:
-    """What each of three processes made, for every head."""
-    folder = tmp_path_factory.mktemp("models")
-    (folder / "script.py").write_text(SCRIPT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}"]
+def torchrun(script: Path, world: int, *arguments: str) -> None:
     done = subprocess.run(
-        [*launch, str(folder / "script.py"), str(folder), str(Path(__file__).parent)],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={world}",
+            script,
+            *arguments,
+        ],
+        cwd=script.parent,
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[pudnet.PredictedModel]]:
+    """What each of three processes made, for every head."""
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "script.py").write_text(SCRIPT)
+    torchrun(folder / "script.py", WORLD, str(folder), str(Path(__file__).parent))
     target = ConvNet3(8)
     return {
         head: [pudnet.load(folder / f"{head}-{rank}.safetensors", target=target) for rank in range(WORLD)]
@@ -177,3 +190,19 @@ def test_a_single_process_is_predict() -> None:
     with pytest.raises(pudnet.Cancelled):
         token = AnyToken(seconds=-1.0)
         shards.predict(predictor, images, labels, classes=NAMES, cancel=token)
+
+
+def test_the_documented_script(tmp_path: Path) -> None:
+    page = Path(__file__).parent.parent / "docs" / "scale.md"
+    (tmp_path / "predict_shards.py").write_text(python_blocks(page.read_text()))
+    (tmp_path / "classes.txt").write_text("\n".join(NAMES))
+    for rank in range(2):
+        images, labels = small_dataset(rank)
+        np.savez(tmp_path / f"shard-{rank}.npz", x_train=images, y_train=labels)
+    torchrun(tmp_path / "predict_shards.py", 2)
+    both = (np.concatenate(parts) for parts in zip(small_dataset(0), small_dataset(1), strict=True))
+    alone = pudnet.Predictor.from_pretrained("convnet3").predict(*both)
+    model = pudnet.load(tmp_path / "model.safetensors")
+    with torch.no_grad():
+        x = alone.preprocess(small_dataset(2)[0])
+        torch.testing.assert_close(model(x), alone(x), rtol=1e-2, atol=1e-2)
