@@ -127,6 +127,28 @@ def test_a_config_that_does_not_fit_is_a_checkpoint_error(tmp_path: Path, config
         PudNet.load(tmp_path / "x")
 
 
+@pytest.mark.parametrize("text", ["[" * 10**5, "9" * 5000, '{"config": ' + "[" * 10**5])
+def test_json_that_python_refuses_is_damage(path: Path, text: str) -> None:
+    save_file(TENSORS, path, metadata={checkpoint.HEADER_KEY: text})
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint.load(path, "predictor")
+
+
+def test_claimed_sizes_cost_no_memory(tmp_path: Path) -> None:
+    PudNet("convnet3", width=8).save(tmp_path / "x")
+    config, tensors = checkpoint.load(tmp_path / "x", "predictor")
+    config["pudnet"]["width"] = 2**16  # its recurrence alone would take 200 GB
+    checkpoint.save(tmp_path / "x", "predictor", config, tensors)
+    with pytest.raises(CheckpointError, match="tensors must be the"):
+        PudNet.load(tmp_path / "x")
+
+
+def test_loaded_tensors_do_not_change_with_the_file(path: Path) -> None:
+    tensors = checkpoint.load(path, "predictor")[1]
+    path.write_bytes(bytes(path.stat().st_size))  # in place, as a careless copy does
+    assert torch.equal(tensors["a"], TENSORS["a"])
+
+
 def test_tensors_of_another_shape_are_a_checkpoint_error(tmp_path: Path) -> None:
     net = PudNet("convnet3", width=8)
     net.save(tmp_path / "x")

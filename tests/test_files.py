@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pudnet.errors import InputError
-from pudnet.files import atomic_path
+from pudnet.files import HEADER_LIMIT, atomic_path, write_tensors
 
 
 def test_a_device_or_pipe_is_refused_and_stays(tmp_path: Path) -> None:
@@ -32,3 +33,31 @@ def test_the_old_file_stays_when_the_block_fails(tmp_path: Path) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text("new")
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["file"]
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for name in (".file.abcd1234.tmp", "..file.abcd1234.tmp.wxyz0_89.tmp"):
+        (tmp_path / name).write_text("half")
+    others = {"file.abcd1234.tmp", ".file2.abcd1234.tmp", ".file.tmp", ".file.abcd1234.tmp.bak"}
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    with atomic_path(path) as first, atomic_path(path) as second:  # the first writer lives
+        second.write_text("second")
+        first.write_text("first")
+    assert path.read_text() == "first"
+    assert set(os.listdir(tmp_path)) == {"file", *others}
+
+
+def test_a_disk_that_is_full_in_the_block_is_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="No space left"), atomic_path(tmp_path / "file"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "file"):  # not of the disk: the block's own affair
+        raise FileNotFoundError(errno.ENOENT, "another file")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_header_that_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="header"):
+        write_tensors(tmp_path / "file", {}, "key", {"long": "x" * HEADER_LIMIT}, "here")
+    assert os.listdir(tmp_path) == []
