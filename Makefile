@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 DATA ?= ../shared/data
 DEVICE ?= cpu
 
-.PHONY: demo test stress docs lint results results-architectures bench bench-scaling bench-compare bench-train performance wheel gpu
+.PHONY: demo test stress test-sanitize docs lint results results-architectures bench bench-scaling bench-compare bench-train performance wheel gpu
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -18,6 +18,10 @@ test: lint
 # Fuzzers, injected faults and load at full counts, some minutes; writes docs/stress.md.
 stress: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m stress
+
+# The extension built again with AddressSanitizer and UndefinedBehaviorSanitizer, under build/sanitize.
+test-sanitize: $(READY)
+	$(BIN)/python tests/sanitize.py
 
 # The site, from docs/*.md and the docstrings, into build/site; needs no network.
 docs: $(READY)
