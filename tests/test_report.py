@@ -297,6 +297,8 @@ def test_commands(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     assert found["report"] == str(second) and found["n"] == 15 and "scratch_top1" not in found
     # The same model on the same images: the same page.
     assert first.read_text() == second.read_text()
+    shown = run("report", "--help").stdout
+    assert "pudnet report" in shown.partition("Example:")[2] and "--scratch" in shown
 
 
 def test_bad_input(model: pudnet.PredictedModel, data: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pudnet.errors import InputError
 from pudnet.evaluation import harness, tables
 from pudnet.evaluation.__main__ import main
 from pudnet.evaluation.rows import ROWS, Bench
-from pudnet.evaluation.tasks import GROUPS, Material, per_class, unseen_classes
+from pudnet.evaluation.tasks import GROUPS, Material, per_class, unseen_classes, validation_classes
 
 CLASSES = 8  # in each half
 HELD_OUT = [f"a{label}" for label in range(3)], [f"b{label}" for label in range(2, 6)]
@@ -104,6 +104,14 @@ def test_tasks_are_of_held_out_classes_and_parts_do_not_mix(data: Path) -> None:
         assert np.array_equal(task.test.images[task.test.labels == 1].numpy(), expected)
     with pytest.raises(InputError, match="held_out"):
         unseen_classes(Material(data, 12, ("a0", "nobody")), 0, 0)
+
+
+def test_validation_is_all_held_out_classes(data: Path) -> None:
+    names = HELD_OUT[0] + HELD_OUT[1]
+    task = validation_classes(Material(data, 12, tuple(names), ways=3), 0, seed=0)
+    assert sorted(task.train.classes) == sorted(names) and task.other is not None
+    assert task.train.labels.bincount().tolist() == [14] * len(names)
+    assert task.test.labels.bincount().tolist() == [4] * len(names)
 
 
 def test_per_class_draws_at_most_so_many_of_each() -> None:
