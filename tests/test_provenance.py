@@ -139,6 +139,7 @@ def test_copies_and_state_dicts_hold_the_whole_model(predictor: pudnet.Predictor
     other.load_state_dict(model.state_dict())
     assert torch.equal(logits_of(other, images), logits_of(model, images))
     grown = twin.add(*coloured(5, seed=9))
+    assert_equal(twin.add(*coloured(5, seed=9)), grown)
     assert grown.report["n"] == 75 and twin.report["n"] == model.report["n"] == 60
     assert torch.equal(logits_of(twin, images), logits_of(model, images))
 
