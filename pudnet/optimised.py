@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pudnet import _extension, ops
 from pudnet.errors import DtypeError, InputError, ShapeError, message
@@ -195,7 +195,8 @@ class OptimisedPudNet:
 
     def _packed_encoder(self) -> _native_embedding.PackedEncoder | None:
         """The encoder as native code reads it, where that can run it on images of the target's size."""
-        layers = (list(self._embedding.convs), self._embedding.linear, self._embedding.norm)
+        convs = [conv for conv in self._embedding.convs if isinstance(conv, nn.Conv2d)]
+        layers = (convs, self._embedding.linear, self._embedding.norm)
         if self._sketch_size != self.preprocess.size or _native_embedding.why_not(*layers):
             return None
         return _native_embedding.pack(*layers, self._scale.flatten().tolist(), self._shift.flatten().tolist())
