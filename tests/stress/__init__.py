@@ -15,7 +15,7 @@ from typing import Any
 Figures = dict[str, Any]
 Run = Callable[[int, int], Figures]
 
-MODULES = ("checkpoints", "images", "operators", "disks", "kills")  # of this folder, in the order of the report
+MODULES = ("checkpoints", "images", "operators", "disks", "kills", "serving")  # of this folder, in the order of the report
 
 
 @dataclass(frozen=True)
