@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -47,9 +47,6 @@ def atomic_path(path: str | os.PathLike[str], where: str = "save") -> Iterator[P
         finished = False
         yield temporary
         finished = True
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         _sync(temporary)
         os.replace(temporary, final)
         with suppress(OSError):  # the file is there; not every folder can be opened
@@ -67,10 +64,16 @@ def atomic_path(path: str | os.PathLike[str], where: str = "save") -> Iterator[P
 def _locked_file(final: Path) -> tuple[int, Path]:
     """A new temporary file beside ``final``, and the handle that holds its lock."""
     while True:
-        handle, name = tempfile.mkstemp(dir=final.parent, prefix=f".{final.name}.", suffix=".tmp")
+        temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
+        # Not mkstemp: its files are closed to others, and the umask that says who may read ours cannot be looked up
+        # without changing it for a moment, for all threads.
+        try:
+            handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except FileExistsError:
+            continue
         _lock(handle)
-        if os.path.exists(name):  # nobody took it for abandoned before it was locked
-            return handle, Path(name)
+        if temporary.exists():  # nobody took it for abandoned before it was locked
+            return handle, temporary
         os.close(handle)
 
 

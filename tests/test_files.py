@@ -61,3 +61,16 @@ def test_a_header_that_could_not_be_read_back_is_not_written(tmp_path: Path) -> 
     with pytest.raises(InputError, match="header"):
         write_tensors(tmp_path / "file", {}, "key", {"long": "x" * HEADER_LIMIT}, "here")
     assert os.listdir(tmp_path) == []
+
+
+def test_the_umask_decides_who_may_read_and_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking it up means changing it for a moment, and threads that do so at once may leave it changed."""
+    umask, before = os.umask, os.umask(0o027)
+    try:
+        with monkeypatch.context() as patch:
+            patch.delattr(os, "umask")
+            with atomic_path(tmp_path / "file") as temporary:
+                temporary.write_text("x")
+    finally:
+        umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
