@@ -5,11 +5,8 @@ to 60 steps would take longer than everything else. So D / UNITS programs, a *te
 keeps the rows of its own UNITS hidden units in registers through all steps, in float32, so that sums need neither
 tensor cores nor TF32. A team works on its datasets one after another.
 
-What a program computes for its units the others need at once. They exchange it through 64-bit words in global memory,
-each a float32 and a flag: a program posts its words and reads everybody's until all flags are set. A word is written
-once per launch (the launcher clears them), carries its own flag, and is read and written whole, so no fence or counter
-is needed. This spins: all programs of a launch must run at the same time, which the cooperative launch guarantees and
-the number of teams respects.
+What a program computes for its units the others need at once. They exchange it through the words of ``gru.py``; the
+number of teams leaves all programs room to run at the same time.
 
 Per step there are three exchanges: one per GRU layer and one for the output map. LayerNorms are computed by everyone,
 from the exchanged vectors.
@@ -24,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pudnet.kernels.blocks import INTERPRET, on_device, ready, tanh
+from pudnet.kernels.blocks import INTERPRET, on_device, ready
+from pudnet.kernels.gru import cell, cell_slope, gate_bias, gate_rows, matvec, post, receive
 
 WARPS = 8
 LARGEST_WIDTH = 256
@@ -34,66 +32,11 @@ EPSILON = 1e-5  # of torch.nn.functional.layer_norm
 
 
 @triton.jit
-def post(p_words, value, mask):
-    """Publish ``value`` (float32): one word each, with the flag set."""
-    word = (value.to(tl.int32, bitcast=True).to(tl.int64) << 32) | 1
-    tl.atomic_xchg(p_words, word, mask=mask, sem="relaxed")
-
-
-@triton.jit
-def receive(p_words, D: tl.constexpr, BD: tl.constexpr, COPIES: tl.constexpr):
-    """Wait until all D words are posted: ``[BD]``, zero beyond D.
-
-    Each word is read COPIES times, so that no two threads hold the same element: a thread that read a word before the
-    flag was set would otherwise keep its stale copy while another thread's copy ends the wait.
-    """
-    o_d = tl.arange(0, BD)[None, :] + tl.zeros([COPIES, 1], tl.int32)  # [COPIES, BD]
-    word = tl.load(p_words + o_d, mask=o_d < D, other=1, volatile=True)
-    while tl.min(word & 1) == 0:
-        word = tl.load(p_words + o_d, mask=o_d < D, other=1, volatile=True)
-    return tl.max((word >> 32).to(tl.int32).to(tl.float32, bitcast=True), axis=0)
-
-
-@triton.jit
-def matvec(weight, x):
-    """``weight [rows, BD] @ x [BD]``."""
-    return tl.sum(weight * x[None, :], axis=1)
-
-
-@triton.jit
 def moments(x, D: tl.constexpr, BD: tl.constexpr):
     """(mean, 1 / standard deviation) of the D numbers of ``x [BD]``, as LayerNorm takes them."""
     mean = tl.sum(x, axis=0) / D
     centred = tl.where(tl.arange(0, BD) < D, x - mean, 0.0)
     return mean, 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / D + 1e-5)
-
-
-@triton.jit
-def _gate_rows(p_weight, gate, unit, D: tl.constexpr, BD: tl.constexpr):
-    """Rows of one gate for the given units: ``[UNITS, BD]`` float32."""
-    o_d = tl.arange(0, BD)
-    mask = (unit < D)[:, None] & (o_d < D)[None, :]
-    return tl.load(p_weight + (gate * D + unit)[:, None] * D + o_d[None, :], mask=mask, other=0).to(tl.float32)
-
-
-@triton.jit
-def _gate_bias(p_bias, gate, unit, D: tl.constexpr):
-    return tl.load(p_bias + gate * D + unit, mask=unit < D, other=0).to(tl.float32)
-
-
-@triton.jit
-def _cell(p_saved, gates_r, gates_z, gates_nx, gates_nh, hidden, unit, D: tl.constexpr, SAVE: tl.constexpr):
-    """New hidden values ``[UNITS]`` from the gates' sums; keeps r, z, n and the hidden part of n for the gradient."""
-    r = tl.sigmoid(gates_r)
-    z = tl.sigmoid(gates_z)
-    n = tanh(gates_nx + r * gates_nh)
-    if SAVE:
-        mask = unit < D
-        tl.store(p_saved + unit, r, mask=mask)
-        tl.store(p_saved + D + unit, z, mask=mask)
-        tl.store(p_saved + 2 * D + unit, n, mask=mask)
-        tl.store(p_saved + 3 * D + unit, gates_nh, mask=mask)
-    return (1.0 - z) * n + z * hidden
 
 
 @triton.jit(do_not_specialize=["batch", "steps", "first_slice", "slices", "alpha"])
@@ -135,20 +78,20 @@ def layer_recurrence_fwd_kernel(
     unit = i_slice * UNITS + tl.arange(0, UNITS)
     in_unit = unit < D
 
-    wr_x0, wr_h0 = _gate_rows(p_weight_ih, 0, unit, D, BD), _gate_rows(p_weight_hh, 0, unit, D, BD)
-    wz_x0, wz_h0 = _gate_rows(p_weight_ih, 1, unit, D, BD), _gate_rows(p_weight_hh, 1, unit, D, BD)
-    wn_x0, wn_h0 = _gate_rows(p_weight_ih, 2, unit, D, BD), _gate_rows(p_weight_hh, 2, unit, D, BD)
-    wr_x1, wr_h1 = _gate_rows(p_weight_ih, 3, unit, D, BD), _gate_rows(p_weight_hh, 3, unit, D, BD)
-    wz_x1, wz_h1 = _gate_rows(p_weight_ih, 4, unit, D, BD), _gate_rows(p_weight_hh, 4, unit, D, BD)
-    wn_x1, wn_h1 = _gate_rows(p_weight_ih, 5, unit, D, BD), _gate_rows(p_weight_hh, 5, unit, D, BD)
-    br0 = _gate_bias(p_bias_ih, 0, unit, D) + _gate_bias(p_bias_hh, 0, unit, D)
-    bz0 = _gate_bias(p_bias_ih, 1, unit, D) + _gate_bias(p_bias_hh, 1, unit, D)
-    br1 = _gate_bias(p_bias_ih, 3, unit, D) + _gate_bias(p_bias_hh, 3, unit, D)
-    bz1 = _gate_bias(p_bias_ih, 4, unit, D) + _gate_bias(p_bias_hh, 4, unit, D)
-    bn_x0, bn_h0 = _gate_bias(p_bias_ih, 2, unit, D), _gate_bias(p_bias_hh, 2, unit, D)
-    bn_x1, bn_h1 = _gate_bias(p_bias_ih, 5, unit, D), _gate_bias(p_bias_hh, 5, unit, D)
-    out_weight = _gate_rows(p_out_weight, 0, unit, D, BD)
-    out_bias = _gate_bias(p_out_bias, 0, unit, D)
+    wr_x0, wr_h0 = gate_rows(p_weight_ih, 0, unit, D, BD), gate_rows(p_weight_hh, 0, unit, D, BD)
+    wz_x0, wz_h0 = gate_rows(p_weight_ih, 1, unit, D, BD), gate_rows(p_weight_hh, 1, unit, D, BD)
+    wn_x0, wn_h0 = gate_rows(p_weight_ih, 2, unit, D, BD), gate_rows(p_weight_hh, 2, unit, D, BD)
+    wr_x1, wr_h1 = gate_rows(p_weight_ih, 3, unit, D, BD), gate_rows(p_weight_hh, 3, unit, D, BD)
+    wz_x1, wz_h1 = gate_rows(p_weight_ih, 4, unit, D, BD), gate_rows(p_weight_hh, 4, unit, D, BD)
+    wn_x1, wn_h1 = gate_rows(p_weight_ih, 5, unit, D, BD), gate_rows(p_weight_hh, 5, unit, D, BD)
+    br0 = gate_bias(p_bias_ih, 0, unit, D) + gate_bias(p_bias_hh, 0, unit, D)
+    bz0 = gate_bias(p_bias_ih, 1, unit, D) + gate_bias(p_bias_hh, 1, unit, D)
+    br1 = gate_bias(p_bias_ih, 3, unit, D) + gate_bias(p_bias_hh, 3, unit, D)
+    bz1 = gate_bias(p_bias_ih, 4, unit, D) + gate_bias(p_bias_hh, 4, unit, D)
+    bn_x0, bn_h0 = gate_bias(p_bias_ih, 2, unit, D), gate_bias(p_bias_hh, 2, unit, D)
+    bn_x1, bn_h1 = gate_bias(p_bias_ih, 5, unit, D), gate_bias(p_bias_hh, 5, unit, D)
+    out_weight = gate_rows(p_out_weight, 0, unit, D, BD)
+    out_bias = gate_bias(p_out_bias, 0, unit, D)
     norm_weight = tl.load(p_state_norm_weight + o_d, mask=in_d, other=0).to(tl.float32)
     norm_bias = tl.load(p_state_norm_bias + o_d, mask=in_d, other=0).to(tl.float32)
     own_norm_weight = tl.load(p_state_norm_weight + unit, mask=in_unit, other=0).to(tl.float32)
@@ -166,7 +109,7 @@ def layer_recurrence_fwd_kernel(
             i_step = b * steps + t
             p_word = p_words + i_step * 3 * D
             p_save = p_saved + i_step * 10 * D
-            x0 = _cell(
+            x0 = cell(
                 p_save,
                 matvec(wr_x0, e) + matvec(wr_h0, h0) + br0,
                 matvec(wz_x0, e) + matvec(wz_h0, h0) + bz0,
@@ -178,7 +121,7 @@ def layer_recurrence_fwd_kernel(
             # What the second layer takes from its own past does not wait for the first.
             r1, z1, n1 = matvec(wr_h1, h1) + br1, matvec(wz_h1, h1) + bz1, matvec(wn_h1, h1) + bn_h1
             h0 = receive(p_word, D, BD, COPIES)
-            x1 = _cell(
+            x1 = cell(
                 p_save + 5 * D, matvec(wr_x1, h0) + r1, matvec(wz_x1, h0) + z1, matvec(wn_x1, h0) + bn_x1, n1,
                 own_h1, unit, D, SAVE,
             )  # fmt: skip
@@ -233,26 +176,6 @@ def _before(
 
 
 @triton.jit
-def _cell_slope(d_x, hidden, p_saved, p_d_gates, o_d, mine, D: tl.constexpr):
-    """Gradients of the gates' sums and, directly, of the old hidden value, from that of the new one; all ``[BD]``."""
-    in_d = o_d < D
-    r = tl.load(p_saved + o_d, mask=in_d, other=0)
-    z = tl.load(p_saved + D + o_d, mask=in_d, other=0)
-    n = tl.load(p_saved + 2 * D + o_d, mask=in_d, other=0)
-    n_hidden = tl.load(p_saved + 3 * D + o_d, mask=in_d, other=0)
-    d_n = d_x * (1.0 - z) * (1.0 - n * n)
-    d_z = d_x * (hidden - n) * z * (1.0 - z)
-    d_r = d_n * n_hidden * r * (1.0 - r)
-    d_n_hidden = d_n * r
-    mask = in_d & mine
-    tl.store(p_d_gates + o_d, d_r, mask=mask)
-    tl.store(p_d_gates + D + o_d, d_z, mask=mask)
-    tl.store(p_d_gates + 2 * D + o_d, d_n, mask=mask)
-    tl.store(p_d_gates + 3 * D + o_d, d_n_hidden, mask=mask)
-    return d_r, d_z, d_n, d_n_hidden, d_x * z
-
-
-@triton.jit
 def _gate_columns(p_weight, layer, gate, unit, D: tl.constexpr, BD: tl.constexpr):
     """Columns of one gate for the given units, from matrices stored as ``[2, D, 3D]``: ``[UNITS, BD]`` float32."""
     o_d = tl.arange(0, BD)
@@ -303,7 +226,7 @@ def layer_recurrence_bwd_kernel(
     wr_x1, wr_h1 = _gate_columns(p_weight_ih, 1, 0, unit, D, BD), _gate_columns(p_weight_hh, 1, 0, unit, D, BD)
     wz_x1, wz_h1 = _gate_columns(p_weight_ih, 1, 1, unit, D, BD), _gate_columns(p_weight_hh, 1, 1, unit, D, BD)
     wn_x1, wn_h1 = _gate_columns(p_weight_ih, 1, 2, unit, D, BD), _gate_columns(p_weight_hh, 1, 2, unit, D, BD)
-    out_weight = _gate_rows(p_out_weight, 0, unit, D, BD)
+    out_weight = gate_rows(p_out_weight, 0, unit, D, BD)
     norm_weight = tl.load(p_state_norm_weight + o_d, mask=in_d, other=0).to(tl.float32)
     norm_bias = tl.load(p_state_norm_bias + o_d, mask=in_d, other=0).to(tl.float32)
 
@@ -332,13 +255,13 @@ def layer_recurrence_bwd_kernel(
             hidden = _before(p_initial + D, p_save + 5 * D, t, o_d, norm_weight, norm_bias, D, BD, NORMALISE)
             d_x1 = d_h1 + receive(p_word, D, BD, COPIES)
             p_gate = p_d_gates + i_step * 8 * D
-            d_r, d_z, d_n, d_nh, d_h1 = _cell_slope(d_x1, hidden, p_save + 5 * D, p_gate + 4 * D, o_d, mine, D)
+            d_r, d_z, d_n, d_nh, d_h1 = cell_slope(d_x1, hidden, p_save + 5 * D, p_gate + 4 * D, o_d, mine, D)
             post(p_word + D + unit, matvec(wr_x1, d_r) + matvec(wz_x1, d_z) + matvec(wn_x1, d_n), in_unit)
             post(p_word + 2 * D + unit, matvec(wr_h1, d_r) + matvec(wz_h1, d_z) + matvec(wn_h1, d_nh), in_unit)
 
             hidden = _before(p_initial, p_save, t, o_d, norm_weight, norm_bias, D, BD, NORMALISE)
             d_x0 = d_h0 + receive(p_word + D, D, BD, COPIES)
-            d_r, d_z, d_n, d_nh, d_h0 = _cell_slope(d_x0, hidden, p_save, p_gate, o_d, mine, D)
+            d_r, d_z, d_n, d_nh, d_h0 = cell_slope(d_x0, hidden, p_save, p_gate, o_d, mine, D)
             post(p_word + 3 * D + unit, matvec(wr_x0, d_r) + matvec(wz_x0, d_z) + matvec(wn_x0, d_n), in_unit)
             post(p_word + 4 * D + unit, matvec(wr_h0, d_r) + matvec(wz_h0, d_z) + matvec(wn_h0, d_nh), in_unit)
             d_h1 += receive(p_word + 2 * D, D, BD, COPIES)
