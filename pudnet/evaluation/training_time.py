@@ -28,7 +28,7 @@ from pudnet.files import atomic_path
 from pudnet.predictor import STAGES, Predictor
 
 FORMAT = 1
-POINTS = 40  # of every curve
+POINTS = 32  # of every curve
 OPTIMIZERS = {"adam": "Adam", "sgd": "SGD"}
 # Longer schedules are run only while no shorter one was as accurate as the prediction.
 ALWAYS = 20
@@ -71,7 +71,7 @@ class Settings:
     device: str = "cpu"
     repeats: int = 5
     epochs: tuple[int, ...] = (2, 5, 20, 80)
-    budget: float = 1800.0
+    budget: float = 1500.0
     peers: tuple[str, ...] = PEERS
     ways: int = 5
     seed: int = 0
@@ -213,8 +213,18 @@ def _train_once(settings: Settings, bench: Bench, task: Task, optimizer: str, ep
 
 def _run(result: ScratchResult, optimizer: str, epochs: int, shift: int, target: float) -> Run:
     curve = [(point.epoch, point.seconds, point.top1) for point in result.curve]
-    reached = next((at for _, at, top1 in curve if top1 >= target), None)
-    return Run(optimizer, epochs, shift, result.seconds, reached, curve)
+    return Run(optimizer, epochs, shift, result.seconds, first_reached(curve, target), curve)
+
+
+def first_reached(curve: Sequence[tuple[float, float, float]], target: float) -> float | None:
+    """Seconds at which a curve of (epoch, seconds, top1) first is at ``target``, on the line between two points."""
+    before, lower = 0.0, 0.0
+    for _, at, top1 in curve:
+        if top1 >= target:
+            share = (target - lower) / (top1 - lower) if top1 > lower else 1.0
+            return before + share * (at - before)
+        before, lower = at, top1
+    return None
 
 
 def winner(runs: Sequence[Run]) -> Winner:

@@ -13,7 +13,17 @@ from pudnet import PudNet
 from pudnet.evaluation import training_time
 from pudnet.evaluation.rows import Bench
 from pudnet.evaluation.tasks import Images, Task
-from pudnet.evaluation.training_time import Prediction, Run, Settings, Winner, main, ratios, train, winner
+from pudnet.evaluation.training_time import (
+    Prediction,
+    Run,
+    Settings,
+    Winner,
+    first_reached,
+    main,
+    ratios,
+    train,
+    winner,
+)
 
 SECONDS = {"open": 0.5, "reading": 1.0, "sketch": 0.1, "weights": 0.01, "calibration": 0.2, "head": 0.7, "total": 2.01}
 
@@ -44,6 +54,15 @@ def test_the_run_that_is_first_counts_and_else_the_longest() -> None:
     assert winner([runs[0], made_run("sgd", 80, 70.0, None)]) == Winner(False, "sgd", 80, 70.0)
 
 
+def test_time_of_an_accuracy_lies_between_the_points() -> None:
+    curve = [(1.0, 2.0, 0.4), (2.0, 4.0, 0.3), (3.0, 6.0, 0.7), (4.0, 8.0, 0.6), (5.0, 10.0, 0.9)]
+    assert first_reached(curve, 0.5) == pytest.approx(5)
+    assert first_reached(curve, 0.7) == pytest.approx(6)
+    assert first_reached(curve, 0.1) == pytest.approx(0.5)  # from nothing at the start
+    assert first_reached(curve, 0.75) == pytest.approx(9)
+    assert first_reached(curve, 0.95) is None
+
+
 def test_ratios_by_hand() -> None:
     found = ratios(Prediction(0.9, 0.9, SECONDS, SECONDS), Winner(True, "adam", 5, 10.04))
     assert found["weights"] == pytest.approx(1004)
@@ -56,7 +75,7 @@ def test_schedules_go_on_until_one_is_as_accurate_or_the_budget_is_spent(checkpo
     settings = Settings(checkpoint, epochs=(1, 40, 30))
     runs, left_out = train(settings, bench, task, 0.0, 1e9, lambda run: None)
     assert [(run.optimizer, run.epochs) for run in runs] == [("adam", 1), ("sgd", 1)] and left_out == []
-    assert all(run.reached == run.curve[0][1] for run in runs)
+    assert all(run.reached == 0 for run in runs)
     assert len(runs[0].curve) == 2  # two steps: no more points than steps
     poor = Settings(checkpoint, epochs=(1, 10**6))
     runs, left_out = train(poor, bench, task, 1.1, 60, lambda run: None)
