@@ -15,7 +15,8 @@ from typing import Any
 Figures = dict[str, Any]
 Run = Callable[[int, int], Figures]
 
-MODULES = ("checkpoints", "images", "operators", "disks", "kills", "serving")  # of this folder, in the order of the report
+# Of this folder, in the order of the report.
+MODULES = ("checkpoints", "images", "operators", "disks", "kills", "serving")
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load
 from torch import _dynamo  # noqa: F401 - Adam and the log would import these two in every forked process
 from torch.utils import tensorboard  # noqa: F401
 
 import pudnet
-from pudnet import Predictor, checkpoint
+from pudnet import Predictor, _extension, checkpoint
 from pudnet.errors import PudnetError
 from pudnet.files import atomic_path
 from pudnet.training import TrainingConfig, train
@@ -32,6 +33,7 @@ RUN = Path("run")
 def training(count: int, seed: int) -> Figures:
     """Kill a run, look at its files, resume it, kill it again, until it ends; then the next run."""
     torch.set_num_threads(1)
+    _extension.why_not()  # loaded once, here: every process then computes with the same code
     rng, failures, home = random.Random(seed), [], Path.cwd()
     kills = runs = most_left = most_lost = 0
     with tempfile.TemporaryDirectory() as name:
@@ -53,7 +55,9 @@ def training(count: int, seed: int) -> Figures:
                 most_lost, most_left = max(most_lost, lost), max(most_left, left)
             if failures:
                 break
-            failures += [f"run {runs}: {file} differs" for file in usual if _bytes(place / RUN / file) != usual[file]]
+            for file, expected in usual.items():
+                if _bytes(place / RUN / file) != expected:
+                    failures.append(f"run {runs}: {file} differs, {_difference(place / RUN / file, expected)}")
             failures += [f"run {runs}: {path.name} is left" for path in temporaries(place / RUN)]
             runs += 1
     return {
@@ -219,6 +223,18 @@ def _which(path: Path, models: list[dict[str, torch.Tensor]]) -> int | str | Non
         if all(torch.equal(state[name], model[name]) for name in model):
             return number
     return "another model"
+
+
+def _difference(path: Path, expected: bytes) -> str:
+    """Where two files of tensors differ."""
+    if not path.exists():
+        return "it is missing"
+    ours, theirs = load(path.read_bytes()), load(expected)
+    differing = [name for name in theirs if name not in ours or not torch.equal(ours[name], theirs[name])]
+    if not differing:
+        return "in the header"
+    name = differing[0]
+    return f"{len(differing)} of {len(theirs)} tensors, {name} by {(ours[name] - theirs[name]).abs().max():g}"
 
 
 def _bytes(path: Path) -> bytes:

@@ -37,7 +37,7 @@ DTYPES = (
 )
 
 
-@part("operators", "calls of torch.ops.pudnet.* with none to three wrong arguments", full=20_000, quick=400)
+@part("operators", "calls of torch.ops.pudnet.* with none to three wrong arguments", full=10_000, quick=400)
 def run(count: int, seed: int) -> Figures:
     """Each case takes a right call of one op and spoils some arguments; answers are compared with the reference."""
     torch.set_num_threads(1)
