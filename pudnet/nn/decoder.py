@@ -200,21 +200,25 @@ class TilingDecoder(nn.Module):
     def forward(self, states: Tensor, plan: Plan) -> list[Tensor]:
         """Decode all parameters of ``plan`` from node states ``[N, D]``; in its order and shapes; differentiable."""
         found: dict[int, Tensor] = {}
+        tiled = []
         for slot, block, scale in self._decoded(states, plan):
-            found[slot.index] = _placed(slot, block * scale)
+            if slot.simple:
+                tiled.append((slot, block, scale))
+            else:
+                found[slot.index] = _placed(slot, block * scale)
+        for (slot, _, _), weight in zip(tiled, _tile_all(tiled), strict=True):
+            found[slot.index] = weight.reshape(slot.stored)
         return [found[index] for index in range(len(plan.shapes))]
 
     def write(self, states: Tensor, plan: Plan, out: Sequence[Tensor]) -> None:
         """As ``forward``, into ``out``; without gradient."""
-        simple, scales, blocks = [], [], []
+        tiled = []
         for slot, block, scale in self._decoded(states, plan):
             if slot.simple and out[slot.index].is_contiguous():
-                simple.append(slot)
-                blocks.append(block)
-                scales.append(scale)
+                tiled.append((slot, block, scale))
             else:
                 out[slot.index].copy_(_placed(slot, block * scale))
-        ops.tile_weights(blocks, scales, [slot.decoded[:2] for slot in simple], [out[slot.index] for slot in simple])
+        _tile_all(tiled, [out[slot.index] for slot, _, _ in tiled])
 
     def _decoded(self, states: Tensor, plan: Plan) -> Iterator[tuple[Slot, Tensor, float]]:
         """Each parameter's block ``[kH * kW, o, i]``, and the factor it still needs."""
@@ -265,6 +269,12 @@ class TilingDecoder(nn.Module):
         hidden = F.relu(self._vectors(states[:, 1])[:, 1])  # [n, 2D]
         biases = F.linear(hidden, self.class_vector_weight, self.class_vector_bias)
         return weights, torch.tanh(0.2 * biases) if self.normalise else biases
+
+
+def _tile_all(parts: list[tuple[Slot, Tensor, float]], targets: list[Tensor] | None = None) -> list[Tensor]:
+    """The parameters that are stored as they are tiled, all at once."""
+    slots, blocks, scales = zip(*parts, strict=True) if parts else ((), (), ())
+    return ops.tile_weights(blocks, scales, [slot.decoded[:2] for slot in slots], targets)
 
 
 def _placed(slot: Slot, block: Tensor) -> Tensor:

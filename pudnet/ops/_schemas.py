@@ -205,3 +205,78 @@ def _empty_native_codes(*arguments: Any) -> Tensor:
     state, code_norm_weight = arguments[0], arguments[10]
     codes: Tensor = state.new_empty((state.shape[0], code_norm_weight.shape[0], state.shape[2]))
     return codes
+
+
+_GRAPH_PARAMETERS = (
+    "Tensor message_in_weight, Tensor message_in_bias, Tensor message_out_weight, Tensor message_out_bias, "
+    "Tensor weight_ih, Tensor weight_hh"
+)
+_GRAPH = f"Tensor states, Tensor edges, int[] level_sizes, {_GRAPH_PARAMETERS}"
+# As for layer_recurrence: `saved` is empty without `save`.
+torch.library.define(
+    "pudnet::graph_recurrence",
+    f"({_GRAPH}, Tensor bias_ih, Tensor bias_hh, bool save) -> (Tensor states, Tensor saved)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "pudnet::graph_recurrence_native",  # forward only
+    f"({_GRAPH}, Tensor bias_ih, Tensor bias_hh) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "pudnet::graph_recurrence_backward",
+    f"(Tensor d_out, Tensor out, Tensor saved, {_GRAPH}) -> ({', '.join(['Tensor'] * 9)})",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+# `sizes`: O, I of each target; `shapes`: S, o, i, O, I of each.
+torch.library.define(
+    "pudnet::tile_weights",
+    "(Tensor[] blocks, float[] scales, SymInt[] sizes, str backend) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "pudnet::tile_weights_out",
+    "(Tensor[] blocks, float[] scales, SymInt[] sizes, Tensor(a!)[] targets, str backend) -> ()",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+torch.library.define(
+    "pudnet::tile_weights_backward",
+    "(Tensor d_out, float[] scales, SymInt[] shapes, str backend) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.register_fake("pudnet::graph_recurrence")
+def _empty_states(states: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    nodes, width = states.shape
+    return states.new_empty((nodes, width)), states.new_empty((nodes if rest[-1] else 0, 5, width))
+
+
+@torch.library.register_fake("pudnet::graph_recurrence_native")
+def _empty_native_states(states: Tensor, *rest: Any) -> Tensor:
+    return states.new_empty(states.shape)
+
+
+@torch.library.register_fake("pudnet::graph_recurrence_backward")
+def _empty_graph_gradients(
+    d_out: Tensor, out: Tensor, saved: Tensor, states: Tensor, edges: Tensor, level_sizes: list[int], *maps: Tensor
+) -> tuple[Tensor, ...]:
+    weight_ih, weight_hh = maps[4:]
+    return _empty_gradients((states, *maps, weight_ih[:, 0], weight_hh[:, 0]))
+
+
+@torch.library.register_fake("pudnet::tile_weights")
+def empty_tiles(blocks: list[Tensor], scales: list[float], sizes: list[int], backend: str) -> Tensor:
+    """Output of ``tile_weights``, not filled."""
+    outs, inputs = sizes[::2], sizes[1::2]
+    return blocks[0].new_empty(sum(o * i * block.shape[0] for o, i, block in zip(outs, inputs, blocks, strict=True)))
+
+
+@torch.library.register_fake("pudnet::tile_weights_out")
+def _write_nothing(*arguments: Any) -> None:
+    pass
+
+
+@torch.library.register_fake("pudnet::tile_weights_backward")
+def _empty_block_gradients(d_out: Tensor, scales: list[float], shapes: list[int], backend: str) -> Tensor:
+    return d_out.new_empty(sum(shapes[k] * shapes[k + 1] * shapes[k + 2] for k in range(0, len(shapes), 5)))

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
+import pudnet.ops._schemas  # noqa: F401 - defines torch.ops.pudnet
 from pudnet import backends
-from pudnet.errors import ShapeError, message
 from pudnet.ops import _native_graphs, reference
-
-backends.register_op("graph_recurrence", reference.graph_recurrence)
-backends.register(
-    "graph_recurrence",
-    "native",
-    _native_graphs.graph_recurrence,
-    devices=("cpu",),
-    why_not=_native_graphs.why_not_graph_recurrence,
-)
+from pudnet.ops._checks import require_together
+from pudnet.ops._native_graphs import check_graph
 
 
 def graph_recurrence(
@@ -39,19 +35,86 @@ def graph_recurrence(
         New states ``[N, D]``, in the order of ``states``.
 
     Raises:
-        ShapeError: ``states``, ``edges`` and ``level_sizes`` do not fit together or do not fit the parameters.
+        ShapeError: the tensors do not fit each other or ``level_sizes``.
         BackendUnavailableError: the backend asked for cannot run this call.
     """
-    kinds, width = message_in_weight.shape[0], message_in_weight.shape[2]
-    if states.ndim != 2 or states.shape[1] != width:
-        raise ShapeError(message("graph_recurrence", "states", f"[N, {width}]", list(states.shape)))
-    count = states.shape[0]
-    if tuple(edges.shape) != (kinds, count, count):
-        raise ShapeError(message("graph_recurrence", "edges", f"[{kinds}, {count}, {count}]", list(edges.shape)))
-    if sum(level_sizes) != count or any(size < 1 for size in level_sizes):
-        raise ShapeError(message("graph_recurrence", "level_sizes", f"positive with the sum {count}", level_sizes))
+    check_graph(
+        states, edges, level_sizes, message_in_weight, message_in_bias,
+        message_out_weight, message_out_bias, weight_ih, weight_hh, bias_ih, bias_hh,
+    )  # fmt: skip
     result: Tensor = backends.call(
         "graph_recurrence", states.device, backend, states, edges, level_sizes, message_in_weight, message_in_bias,
         message_out_weight, message_out_bias, weight_ih, weight_hh, bias_ih, bias_hh,
     )  # fmt: skip
     return result
+
+
+@torch.library.impl("pudnet::graph_recurrence", ("cpu", "cuda"))
+def _forward(states: Tensor, edges: Tensor, level_sizes: list[int], *rest: Any) -> tuple[Tensor, Tensor]:
+    from pudnet.kernels.graph_recurrence import launch_graph_recurrence_fwd
+
+    check_graph(states, edges, level_sizes, *rest[:-1])
+    require_together("graph_recurrence", (states, edges, *rest[:-1]), torch.float32)
+    outputs: tuple[Tensor, Tensor] = launch_graph_recurrence_fwd(states, edges, tuple(level_sizes), *rest)
+    return outputs
+
+
+@torch.library.impl("pudnet::graph_recurrence_backward", ("cpu", "cuda"))
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    from pudnet.kernels.graph_recurrence import launch_graph_recurrence_bwd
+
+    *known, level_sizes, a, b, c, d, weight_ih, weight_hh = arguments
+    return tuple(launch_graph_recurrence_bwd(*known, tuple(level_sizes), a, b, c, d, weight_ih, weight_hh))
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    states, edges, ctx.level_sizes, *maps, _, _, _ = inputs
+    out, saved = output
+    ctx.mark_non_differentiable(saved)
+    ctx.save_for_backward(out, saved, states, edges, *maps)
+
+
+def _gradients(ctx: Any, d_out: Tensor, d_saved: None) -> tuple[Tensor | None, ...]:
+    out, saved, states, edges, *maps = ctx.saved_tensors
+    d_states, *d_parameters = torch.ops.pudnet.graph_recurrence_backward(
+        d_out, out, saved, states, edges, ctx.level_sizes, *maps
+    )
+    return (d_states, None, None, *d_parameters, None)
+
+
+torch.library.register_autograd("pudnet::graph_recurrence", _gradients, setup_context=_save_for_backward)
+
+
+def _run_triton(states: Tensor, edges: Tensor, level_sizes: list[int], *parameters: Tensor) -> Tensor:
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in (states, *parameters))
+    result: Tensor = torch.ops.pudnet.graph_recurrence(states, edges, level_sizes, *parameters, save)[0]
+    return result
+
+
+def why_not_triton(states: Tensor, edges: Tensor, level_sizes: list[int], *parameters: Tensor) -> list[str]:
+    """What keeps Triton from running this call."""
+    kinds, hidden, width = parameters[0].shape
+    dtypes = tuple(str(x.dtype) for x in (states, edges, *parameters))
+    return _why_not_triton(width, kinds, hidden, dtypes, torch.is_grad_enabled() and edges.requires_grad)
+
+
+def _why_not_triton(
+    width: int, kinds: int, hidden: int, dtypes: tuple[str, ...], edges_have_gradient: bool
+) -> list[str]:
+    from pudnet.kernels.graph_recurrence import why_not
+
+    reasons: list[str] = why_not(width, kinds, hidden, dtypes, edges_have_gradient)
+    return reasons
+
+
+_why_not_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in backends.py
+
+backends.register_op("graph_recurrence", reference.graph_recurrence)
+backends.register("graph_recurrence", "triton", _run_triton, devices=("cpu", "cuda"), why_not=why_not_triton)
+backends.register(
+    "graph_recurrence",
+    "native",
+    torch.ops.pudnet.graph_recurrence_native.default,
+    devices=("cpu",),
+    why_not=_native_graphs.why_not_graph_recurrence,
+)

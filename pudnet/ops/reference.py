@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pudnet.errors import InputError, message
+from pudnet.errors import InputError, ShapeError, message
 
 
 def layer_recurrence(
@@ -137,14 +137,20 @@ def tile_weights(
     blocks: list[Tensor],  # each [kH * kW, o, i]
     scales: list[float],
     sizes: list[tuple[int, int]],  # O, I of each target
-    targets: list[Tensor],  # each of O * I * kH * kW elements, in the order [O, I, kH * kW]
-) -> None:
+    targets: list[Tensor] | None = None,  # where to write; each of O * I * kH * kW elements
+) -> list[Tensor]:  # targets, or each [O, I, kH * kW]
     """Fill targets with repeated blocks (GHN-2, decoder): target[a, b, k] = scale * block[k, a mod o, b mod i]."""
-    for block, scale, (out, inputs), target in zip(blocks, scales, sizes, targets, strict=True):
+    tiles = []
+    for k, (block, scale, (out, inputs)) in enumerate(zip(blocks, scales, sizes, strict=True)):
         _, rows, columns = block.shape
         kernel = (block * scale).permute(1, 2, 0)[:out, :inputs]  # [o, i, kH * kW]
         repeats = (-(-out // rows), -(-inputs // columns), 1)
-        target.copy_(kernel.repeat(repeats)[:out, :inputs].reshape(target.shape))
+        tile = kernel.repeat(repeats)[:out, :inputs]
+        if targets is not None and targets[k].numel() != tile.numel():
+            rule = f"{out} x {inputs} x {block.shape[0]} elements"
+            raise ShapeError(message("tile_weights", "targets", rule, list(targets[k].shape)))
+        tiles.append(tile if targets is None else targets[k].copy_(tile.reshape(targets[k].shape)))
+    return tiles
 
 
 def _index_by_class(op: str, labels: Tensor, num_classes: int) -> Tensor:
