@@ -1,4 +1,4 @@
-"""Random arguments for the two ops, and how far a result is from the reference in float64."""
+"""Random arguments for the ops, and how far a result is from the reference in float64."""
 
 from __future__ import annotations
 
@@ -50,6 +50,50 @@ def recurrence_arguments(batch: int, steps: int, width: int, layers: int = 2, se
         1 + random(steps, width) / 10,
         random(steps, width) / 10,
     ]
+
+
+def graph_arguments(
+    level_sizes: Sequence[int], width: int, kinds: int, seed: int = 0
+) -> tuple[Tensor, list[Tensor], list[int]]:
+    """Edges, other tensors and level sizes of ``graph_recurrence``; a third of the edges that may be are there."""
+    g = torch.Generator().manual_seed(seed)
+    levels = torch.repeat_interleave(torch.arange(len(level_sizes)), torch.tensor(level_sizes))
+    nodes, hidden = len(levels), width // kinds
+    allowed = (levels[:, None] > levels[None, :]) & (torch.rand(kinds, nodes, nodes, generator=g) < 1 / 3)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, generator=g) / size[-1] ** 0.5
+
+    tensors = [
+        random(nodes, width),
+        random(kinds, hidden, width),
+        random(kinds, hidden),
+        random(kinds, width, hidden),
+        random(kinds, width),
+        *(random(3 * width, width) for _ in range(2)),
+        *(random(3 * width) for _ in range(2)),
+    ]
+    return torch.rand(kinds, nodes, nodes, generator=g) * allowed, tensors, list(level_sizes)
+
+
+# (S, o, i, O, I) of targets: repeated and cut both ways; exact; sizes that are no multiples of 4, and offsets after it;
+# a block larger than its target; more than one program per band and per share of its repeats.
+TILES = [
+    (9, 8, 4, 20, 12),
+    (1, 8, 8, 8, 8),
+    (1, 1, 8, 1, 20),
+    (5, 3, 3, 7, 5),
+    (2, 4, 4, 12, 8),
+    (1, 8, 12, 5, 7),
+    (9, 16, 16, 32, 160),
+]
+
+
+def tile_arguments(shapes: Sequence[tuple[int, ...]] = TILES, seed: int = 0) -> tuple[list[Tensor], list[float], Any]:
+    """Blocks, scales and sizes of ``tile_weights``."""
+    g = torch.Generator().manual_seed(seed)
+    blocks = [torch.randn(*shape[:3], generator=g) for shape in shapes]
+    return blocks, [0.5 + k / 3 for k in range(len(shapes))], [shape[3:] for shape in shapes]
 
 
 def error(result: Tensor, expected: Tensor) -> float:

@@ -6,16 +6,29 @@ variable once.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from cases import error, generator_arguments, gradients, recurrence_arguments, scattered, shifted
+from cases import (
+    TILES,
+    error,
+    generator_arguments,
+    gradients,
+    graph_arguments,
+    recurrence_arguments,
+    scattered,
+    shifted,
+    tile_arguments,
+)
 from torch import Tensor
 
 from pudnet import ops
+from pudnet.kernels import graph_recurrence as graph_kernels
 from pudnet.kernels import layer_recurrence as recurrence_kernels
 from pudnet.ops import reference
 
@@ -32,6 +45,27 @@ def generate(*tensors: Tensor, shapes: list[int], backend: str = "triton", **opt
 
 def walk(*tensors: Tensor, backend: str = "triton", normalise_state: bool = True) -> Tensor:
     return ops.layer_recurrence(*tensors, alpha=0.1, normalise_state=normalise_state, backend=backend)
+
+
+def traverse(states: Tensor, *parameters: Tensor, edges: Tensor, sizes: list[int], backend: str = "triton") -> Tensor:
+    return ops.graph_recurrence(states, edges, sizes, *parameters, backend=backend)
+
+
+def graph(level_sizes: list[int], width: int, kinds: int) -> tuple[Callable[..., Tensor], list[Tensor], Tensor]:
+    """(the op as a function of all tensors but the edges, these tensors, the edges)."""
+    edges, tensors, sizes = graph_arguments(level_sizes, width, kinds)
+    edges = edges.to(DEVICE)
+    return functools.partial(traverse, edges=edges, sizes=sizes), [x.to(DEVICE) for x in tensors], edges
+
+
+def tile(*blocks: Tensor, scales: list[float], sizes: Any, backend: str = "triton") -> Tensor:
+    return torch.cat([x.flatten() for x in ops.tile_weights(blocks, scales, sizes, backend=backend)])
+
+
+def tiling(shapes: Any = TILES) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """(the op as a function of the blocks, these)."""
+    blocks, scales, sizes = tile_arguments(shapes)
+    return functools.partial(tile, scales=scales, sizes=sizes), [x.to(DEVICE) for x in blocks]
 
 
 @pytest.mark.parametrize(
@@ -56,9 +90,11 @@ def test_two_runs_are_equal_to_the_bit() -> None:
     assert torch.equal(out, again)
     assert all(torch.equal(a, b) for a, b in zip(grads, grads_again, strict=True))
     tensors = [x.to(DEVICE) for x in recurrence_arguments(2, 4, 32)]
-    (out, grads), (again, grads_again) = (gradients(walk, tensors) for _ in range(2))
-    assert torch.equal(out, again)
-    assert all(torch.equal(a, b) for a, b in zip(grads, grads_again, strict=True))
+    traversal, graph_tensors, _ = graph([1, 2, 3], 16, 2)
+    for op, arguments in ((walk, tensors), (traversal, graph_tensors), tiling(TILES[:4])):
+        (out, grads), (again, grads_again) = (gradients(op, arguments) for _ in range(2))
+        assert torch.equal(out, again)
+        assert all(torch.equal(a, b) for a, b in zip(grads, grads_again, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -126,6 +162,108 @@ def test_without_gradients_nothing_is_kept() -> None:
     codes, saved, saved_e = torch.ops.pudnet.layer_recurrence(*tensors, 0.1, True, False)
     assert saved.numel() == saved_e.numel() == 0
     assert torch.equal(codes, torch.ops.pudnet.layer_recurrence(*tensors, 0.1, True, True)[0])
+
+
+@pytest.mark.parametrize(
+    ("level_sizes", "width", "kinds"),
+    [([1], 16, 2), ([1, 2, 1, 3, 1], 20, 2), ([2, 1, 1, 1], 32, 1), ([3, 5, 4], 12, 2), ([1, 2, 2], 64, 2)],
+)
+def test_graph_recurrence(level_sizes: list[int], width: int, kinds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if INTERPRET:  # several blocks of messages, in a graph small enough for the interpreter
+        monkeypatch.setattr(graph_kernels, "WORDS_PER_BLOCK", 128)
+    traversal, tensors, edges = graph(level_sizes, width, kinds)
+    out, grads = gradients(traversal, tensors)
+    exact = functools.partial(traverse, edges=edges.double(), sizes=level_sizes, backend="reference")
+    expected, expected_grads = gradients(exact, [x.double() for x in tensors])
+    assert error(out, expected) < 2e-6
+    for got, want in zip(grads, expected_grads, strict=True):
+        if want is None:  # a single level sends no messages
+            assert not got.any()
+        else:
+            assert error(got, want) < 5e-6
+
+
+def test_graph_recurrence_takes_any_strides_and_keeps_nothing_without_gradients() -> None:
+    traversal, tensors, edges = graph([2, 1, 2], 16, 2)
+    expected = traversal(*tensors)
+    assert torch.equal(traversal(*(shifted(x) for x in tensors)), expected)
+    sizes = [2, 1, 2]
+    assert torch.equal(traverse(*(scattered(x) for x in tensors), edges=scattered(edges), sizes=sizes), expected)
+    out, saved = torch.ops.pudnet.graph_recurrence(tensors[0], edges, sizes, *tensors[1:], False)
+    assert saved.numel() == 0 and torch.equal(out, expected)
+
+
+def test_edges_within_a_level_do_not_count() -> None:
+    """And nobody waits for them."""
+    traversal, tensors, edges = graph([1, 2, 2], 16, 1)
+    more = edges.clone()
+    more[0, 2, 1] = more[0, 1, 2] = more[0, 0, 4] = more[0, 3, 3] = 1
+    op = functools.partial(traverse, edges=more, sizes=[1, 2, 2])
+    (out, grads), (expected, expected_grads) = gradients(op, tensors), gradients(traversal, tensors)
+    assert torch.equal(out, expected)
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected_grads, strict=True))
+
+
+@pytest.mark.skipif(not INTERPRET, reason="on a GPU the programs run at the same time anyway")
+def test_programs_exchange_messages() -> None:
+    """Three programs on one graph, each in a process of its own, as they run on a GPU."""
+    edges, tensors, level_sizes = graph_arguments([2, 4, 1, 3], 16, 2)
+    states, *maps, weight_ih, weight_hh, bias_ih, bias_hh = tensors
+    nodes, width = states.shape
+    expected, saved = graph_kernels.launch_graph_recurrence_fwd(states, edges, tuple(level_sizes), *tensors[1:], True)
+    starts = graph_kernels.starts(tuple(level_sizes), states.device)
+    sizes = graph_kernels.sizes(width, 2, width // 2)
+
+    def run(kernel: Any, inputs: list[Tensor], shapes: list[tuple[int, ...]], **constants: bool) -> list[Tensor]:
+        """Outputs of ``shapes`` by three programs; the first shape is that of the words."""
+        outputs = [torch.zeros(shapes[0], dtype=torch.int64)]
+        outputs += [torch.full(shape, float("nan")) for shape in shapes[1:]]
+        _run_programs(kernel, [*inputs, starts, *outputs, nodes, 4, 3], 3, (), {**sizes, **constants})
+        return outputs[1:]
+
+    gates = torch.addmm(bias_hh, states, weight_hh.T)
+    got = run(
+        graph_kernels.graph_recurrence_fwd_kernel,
+        [states, gates, edges, *maps, weight_ih, bias_ih],
+        [(nodes, 2, width), (nodes, 5, width), (nodes, width)],
+        SAVE=True,
+    )
+    assert error(got[0], saved.double()) < 1e-6 and error(got[1], expected.double()) < 1e-6
+
+    # Backward: the same by three programs and by one.
+    inner = torch.rand(nodes, 2, width // 2) - 0.3
+    sent = torch.rand(nodes, 2, width) - 0.3
+    inputs = [torch.randn(nodes, width), states, edges, maps[0], maps[2], weight_ih, inner, sent, saved]
+    shapes = [(nodes, width), inner.shape, sent.shape, (nodes, 4, width), (nodes, width)]
+    alone = [torch.zeros(shapes[0], dtype=torch.int64), *(torch.full(shape, float("nan")) for shape in shapes[1:])]
+    kernel = graph_kernels.graph_recurrence_bwd_kernel
+    kernel[(1,)](*inputs, starts, *alone, nodes, 4, 1, 0, **sizes)
+    for one, several in zip(alone[1:], run(kernel, inputs, shapes), strict=True):
+        assert error(several, one.double()) < 1e-6
+
+
+def test_tile_weights() -> None:
+    op, blocks = tiling()
+    out, grads = gradients(op, blocks)
+    expected, expected_grads = gradients(functools.partial(op, backend="reference"), [x.double() for x in blocks])
+    assert error(out, expected) < 1e-7
+    for got, want in zip(grads, expected_grads, strict=True):
+        assert error(got, want) < 1e-6
+
+
+def test_tile_weights_into_memory_that_is_there() -> None:
+    blocks, scales, sizes = tile_arguments(TILES[:5])
+    blocks = [x.to(DEVICE) for x in blocks]
+    expected = ops.tile_weights(blocks, scales, sizes, backend="triton")
+    for place in (torch.empty_like, shifted):  # each in memory of its own, on a 16-byte boundary and off it
+        targets = [place(x).fill_(float("nan")) for x in expected]
+        assert ops.tile_weights([scattered(x) for x in blocks], scales, sizes, targets, backend="triton") == targets
+        assert all(torch.equal(a, b) for a, b in zip(targets, expected, strict=True))
+    room = torch.full((sum(x.numel() for x in expected) + 2,), -7.0, device=DEVICE)
+    parts = room[1:-1].split([x.numel() for x in expected])
+    ops.tile_weights(blocks, scales, sizes, parts, backend="triton")
+    assert torch.equal(room, torch.cat([room[:1], *(x.flatten() for x in expected), room[-1:]]))
+    assert room[0] == room[-1] == -7
 
 
 @pytest.mark.skipif(not INTERPRET, reason="on a GPU the programs of a team run at the same time anyway")
@@ -198,24 +336,51 @@ def test_opcheck_and_compile() -> None:
     assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
 
 
+def test_opcheck_and_compile_of_the_graph_ops() -> None:
+    traversal, tensors, edges = graph([1, 2], 16, 2)
+    leaves = [x.requires_grad_() for x in tensors]
+    arguments = (leaves[0], edges, [1, 2], *leaves[1:], True)
+    _check_op(torch.ops.pudnet.graph_recurrence.default, arguments)
+    permuted = [x.detach().mT.contiguous().mT.requires_grad_() if x.ndim > 1 else x for x in leaves]
+    arguments = (permuted[0], edges, [1, 2], *permuted[1:], True)
+    _check_op(torch.ops.pudnet.graph_recurrence.default, arguments, "test_faketensor")
+
+    blocks, scales, sizes = tile_arguments(TILES[2:4])
+    leaves = [x.to(DEVICE).requires_grad_() for x in blocks]
+    numbers = [number for size in sizes for number in size]
+    _check_op(torch.ops.pudnet.tile_weights.default, (leaves, scales, numbers, "triton"))
+    targets = [torch.zeros(o * i * x.shape[0], device=DEVICE) for x, (o, i) in zip(blocks, sizes, strict=True)]
+    detached = [x.detach() for x in leaves]
+    _check_op(torch.ops.pudnet.tile_weights_out.default, (detached, scales, numbers, targets, "triton"))
+
+    for op, inputs in ((traversal, tensors), tiling(TILES[2:4])):
+        _, eager = gradients(op, inputs)
+        _, compiled = gradients(torch.compile(op, fullgraph=True, backend="aot_eager"), inputs)
+        assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
+
+
 @pytest.mark.skipif(INTERPRET, reason="the interpreter compiles nothing")
 def test_a_second_shape_compiles_nothing_new() -> None:
     from pudnet.kernels import generate_weights as generator_kernels
+    from pudnet.kernels import tile_weights as tile_kernels
 
     kernels = [
         value
-        for module in (recurrence_kernels, generator_kernels)
+        for module in (recurrence_kernels, generator_kernels, graph_kernels, tile_kernels)
         for name, value in vars(module).items()
         if name.endswith("_kernel")
     ]
 
-    def run(shapes: list[int], batch: int, steps: int) -> int:
+    def run(shapes: list[int], batch: int, steps: int, tiles: Any) -> int:
         tensors = [x.to(DEVICE) for x in generator_arguments(shapes, batch, 128, 8)]
         gradients(lambda *a: generate(*a, shapes=shapes), tensors)
         gradients(walk, [x.to(DEVICE) for x in recurrence_arguments(batch, steps, 128)])
+        traversal, graph_tensors, _ = graph([batch, 1, steps], 32, 2)
+        gradients(traversal, graph_tensors)
+        gradients(*tiling(tiles))
         return sum(len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels)
 
-    before = run(ALIGNED, 1, 1)
+    before = run(ALIGNED, 1, 1, TILES[:1])
     assert before >= len(kernels)
-    assert run(MIXED, 64, 16) == before
-    assert run(PLAIN, 3, 60) == before
+    assert run(MIXED, 64, 16, TILES) == before
+    assert run(PLAIN, 3, 60, TILES[2:4]) == before

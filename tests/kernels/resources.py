@@ -17,7 +17,9 @@ import pytest
 from aot import ARCHITECTURES, compile_kernel, problems
 
 from pudnet.kernels import generate_weights as generators
+from pudnet.kernels import graph_recurrence as graphs
 from pudnet.kernels import layer_recurrence as recurrence
+from pudnet.kernels import tile_weights as tiles
 
 ROOT = Path(__file__).parent.parent.parent
 # label, kernel, types of the arguments, constants, options
@@ -74,7 +76,33 @@ def _generators() -> Iterator[Configuration]:
             yield f"rows backward {weight} <- {out}", kernel, types, constants, {"num_warps": generators.ROWS_BWD_WARPS}
 
 
-CONFIGURATIONS = [*_recurrence(), *_generators()]
+def _graphs() -> Iterator[Configuration]:
+    types = {"starts": "i32", "words": "i64"}
+    for width, kinds, save in (
+        (32, 2, True),
+        (32, 2, False),
+        (32, 1, True),
+        (48, 2, True),
+        (64, 2, True),
+        (64, 1, True),
+    ):
+        sizes = graphs.sizes(width, kinds, width // kinds)
+        label = f"graph recurrence D={width} V={kinds}"
+        constants = {**sizes, "SAVE": save}
+        yield f"{label} forward save={save}", graphs.graph_recurrence_fwd_kernel, types, constants, graphs.OPTIONS
+        if save:
+            yield f"{label} backward", graphs.graph_recurrence_bwd_kernel, types, sizes, graphs.OPTIONS
+
+
+def _tiles() -> Iterator[Configuration]:
+    options = {"num_warps": tiles.WARPS}
+    constants = {"BM": tiles.BAND_FWD, "VECTOR": tiles.VECTOR}
+    yield "tiles forward", tiles.tile_weights_fwd_kernel, {"table": "i64"}, constants, options
+    constants = {"BM": tiles.BAND_BWD, "BR": tiles.REPEATS_BWD, "VECTOR": tiles.VECTOR}
+    yield "tiles backward", tiles.tile_weights_bwd_kernel, {"table": "i64"}, constants, options
+
+
+CONFIGURATIONS = [*_recurrence(), *_generators(), *_graphs(), *_tiles()]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -88,7 +116,9 @@ def test_kernel(configuration: Configuration, architecture: int) -> None:
         # the launch, for layers that cannot have them, stores one by one.
         expected = 2 if label.endswith("bf16") else 4
         assert compiled.sass.count("STG.E.128") == expected, label
-    if label.startswith("recurrence"):
+    if label == "tiles forward":  # 8 numbers of each thread
+        assert compiled.sass.count("STG.E.128") == 2
+    if "recurrence" in label:
         assert re.search(r"LDG\.E\.(64|128)\.STRONG", compiled.sass), "exchanged words must be read whole"
 
 

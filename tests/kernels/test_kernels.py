@@ -48,8 +48,8 @@ def test_resources_ahead_of_time() -> None:
 def test_counts_are_not_specialised() -> None:
     """A second batch size, number of layers or network must compile nothing new: no count is part of the cache key."""
     code = (
-        "from pudnet.kernels import generate_weights, layer_recurrence\n"
-        "for module in (generate_weights, layer_recurrence):\n"
+        "from pudnet.kernels import generate_weights, graph_recurrence, layer_recurrence, tile_weights\n"
+        "for module in (generate_weights, graph_recurrence, layer_recurrence, tile_weights):\n"
         "    for name, kernel in vars(module).items():\n"
         "        if name.endswith('_kernel'):\n"
         "            for p in kernel.params:\n"

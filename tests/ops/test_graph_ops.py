@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +15,9 @@ from torch import Tensor
 
 from pudnet import backends, ops
 from pudnet.errors import BackendUnavailableError, ShapeError
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "kernels"))
+from cases import TILES, gradients, graph_arguments, scattered, shifted, tile_arguments
 
 
 def _needs(op: str, backend: str) -> None:
@@ -163,3 +172,146 @@ def test_tiles_check_shapes() -> None:
     with pytest.raises(ShapeError, match="one length"):
         ops.tile_weights([block], [], [(4, 4)], [torch.zeros(16)])
     ops.tile_weights([], [], [], [])
+
+
+def traverse(states: Tensor, *parameters: Tensor, edges: Tensor, backend: str | None = None) -> Tensor:
+    return ops.graph_recurrence(states, edges, LEVELS, *parameters, backend=backend)
+
+
+def tile(*blocks: Tensor, scales: list[float], sizes: Any, backend: str | None = None) -> Tensor:
+    return torch.cat([x.flatten() for x in ops.tile_weights(blocks, scales, sizes, backend=backend)])
+
+
+LEVELS = [1, 2, 1]
+EDGES, TENSORS, _ = graph_arguments(LEVELS, 12, 2)
+SHAPES = TILES[:4]
+BLOCKS, SCALES, TILE_SIZES = tile_arguments(SHAPES)
+NUMBERS = [number for size in TILE_SIZES for number in size]
+OPS = {
+    "graph_recurrence": (functools.partial(traverse, edges=EDGES), TENSORS),
+    "tile_weights": (functools.partial(tile, scales=SCALES, sizes=TILE_SIZES), BLOCKS),
+}
+both_ops = pytest.mark.parametrize(("op", "tensors"), OPS.values(), ids=OPS)
+
+
+@both_ops
+def test_user_code_compiles_without_a_graph_break(op: Callable[..., Tensor], tensors: list[Tensor]) -> None:
+    def scaled(*arguments: Tensor) -> Tensor:
+        return 2 * op(*arguments) + 1
+
+    traced = torch.compile(scaled, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(traced(*tensors), scaled(*tensors))
+    out, grads = gradients(scaled, tensors)
+    traced_out, traced_grads = gradients(traced, tensors)
+    torch.testing.assert_close(traced_out, out)
+    torch.testing.assert_close(traced_grads, grads)
+
+
+def test_user_code_that_writes_compiles_without_a_graph_break() -> None:
+    def fill(targets: list[Tensor]) -> Tensor:
+        ops.tile_weights(BLOCKS, SCALES, TILE_SIZES, targets)
+        return targets[0] + 1
+
+    expected = ops.tile_weights(BLOCKS, SCALES, TILE_SIZES, backend="reference")
+    targets = [torch.zeros_like(x) for x in expected]
+    out = torch.compile(fill, fullgraph=True, backend="aot_eager")(targets)
+    torch.testing.assert_close(targets, expected)
+    torch.testing.assert_close(out, expected[0] + 1)
+
+
+@both_ops
+def test_gradients_in_float64(op: Callable[..., Tensor], tensors: list[Tensor]) -> None:
+    if "edges" in op.keywords:  # type: ignore[attr-defined]
+        op = functools.partial(op, edges=EDGES.double())
+    assert torch.autograd.gradcheck(op, [x.double().requires_grad_() for x in tensors], fast_mode=True)
+
+
+@both_ops
+def test_layouts(op: Callable[..., Tensor], tensors: list[Tensor]) -> None:
+    with torch.no_grad():
+        expected = op(*tensors)
+        assert torch.equal(op(*tensors), expected)
+        assert torch.equal(op(*(scattered(x) for x in tensors)), expected)
+        assert torch.equal(op(*(shifted(x) for x in tensors)), expected)
+
+
+@pytest.mark.slow
+@both_ops
+def test_compiled_by_name(op: Callable[..., Tensor], tensors: list[Tensor]) -> None:
+    if reasons := backends.explain()["tile_weights"]["compiled"]:
+        pytest.skip("; ".join(reasons))
+    out, grads = gradients(functools.partial(op, backend="compiled"), tensors)
+    expected, expected_grads = gradients(functools.partial(op, backend="reference"), tensors)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(grads, expected_grads, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_of_native_tiles() -> None:
+    _needs("tile_weights", "native")
+    op, tensors = OPS["tile_weights"]
+    (out, grads), (expected, expected_grads) = (
+        gradients(functools.partial(op, backend=backend), tensors) for backend in ("native", "reference")
+    )
+    assert torch.equal(out, expected)
+    torch.testing.assert_close(grads, expected_grads)
+
+
+def test_native_ops_follow_their_schemas() -> None:
+    _needs("tile_weights", "native")
+    checks = [
+        (torch.ops.pudnet.graph_recurrence_native.default, (TENSORS[0], EDGES, LEVELS, *TENSORS[1:])),
+        (
+            torch.ops.pudnet.tile_weights.default,
+            ([x.clone().requires_grad_() for x in BLOCKS], SCALES, NUMBERS, "native"),
+        ),
+        (
+            torch.ops.pudnet.tile_weights_out.default,
+            (BLOCKS, SCALES, NUMBERS, [torch.zeros(o * i * s) for s, _, _, o, i in SHAPES], "native"),
+        ),
+    ]
+    for op, arguments in checks:
+        assert set(torch.library.opcheck(op, arguments).values()) == {"SUCCESS"}
+
+
+def test_autograd_sees_that_targets_are_written() -> None:
+    _needs("tile_weights", "native")
+    (target,) = ops.tile_weights(BLOCKS[:1], SCALES[:1], TILE_SIZES[:1])
+    factor = torch.ones_like(target).requires_grad_()
+    product = (factor * target).sum()
+    ops.tile_weights(BLOCKS[:1], SCALES[:1], TILE_SIZES[:1], [target])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_tiles_are_refused_with_reasons() -> None:
+    _needs("tile_weights", "native")
+    fill = functools.partial(ops.tile_weights, BLOCKS[:1], SCALES[:1], TILE_SIZES[:1], backend="native")
+    size = 20 * 12 * 9
+    with pytest.raises(BackendUnavailableError, match="float32 tensors on one device"):
+        fill([torch.empty(size, dtype=torch.float64)])
+    with pytest.raises(BackendUnavailableError, match="contiguous"):
+        fill([torch.empty(2 * size)[::2]])
+    with pytest.raises(BackendUnavailableError, match="no gradient through memory"):
+        fill([torch.empty(size, requires_grad=True)])
+    with pytest.raises(BackendUnavailableError, match="less than 2\\^31"):
+        ops.tile_weights(BLOCKS[:1], SCALES[:1], [(2**16, 2**15)], backend="native")
+
+
+@both_ops
+def test_triton_says_why_it_does_not_run_here(
+    op: Callable[..., Tensor], tensors: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(BackendUnavailableError, match="triton: Triton") as caught:
+        op(*tensors, backend="triton")
+    assert "reference: can run it" in str(caught.value)
+
+
+def test_the_graph_kernel_names_what_it_refuses() -> None:
+    kernels = pytest.importorskip("pudnet.kernels.graph_recurrence")
+    assert kernels.why_not(32, 2, 16, ("torch.float32",), False) == []
+    assert "D = 128" in kernels.why_not(128, 2, 64, ("torch.float32",), False)[0]
+    assert "V = 3" in kernels.why_not(32, 3, 16, ("torch.float32",), False)[0]
+    assert "float64" in kernels.why_not(32, 2, 16, ("torch.float32", "torch.float64"), False)[0]
+    assert "edges" in kernels.why_not(32, 2, 16, ("torch.float32",), True)[0]
