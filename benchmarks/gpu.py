@@ -324,6 +324,48 @@ def time_statistics(timer: Timer) -> None:
         )
 
 
+def time_architectures(timer: Timer) -> None:
+    """GHN-2 and ResNet-50: one traversal of the graph, the tiling of 94 MB, a graph -> all weights, and training."""
+    from pudnet import GHN, ops, use_backend
+    from pudnet.graphs import make_network
+
+    ghn = GHN("ghn2", num_classes=1000).cuda()
+    graph = ghn.graph(make_network("resnet50", classes=1000))
+    prepared = ghn.prepare([graph])
+    traversal = prepared.batch.traversals[0]
+    with torch.no_grad():
+        states, out = ghn.node_states(prepared), ghn.generate(graph)
+        parts = [part for part in ghn.decoder._decoded(states, prepared.plan) if part[0].simple]
+    slots, blocks, scales = zip(*parts, strict=True)
+    sizes, memory = [slot.decoded[:2] for slot in slots], list(out.values())
+    targets = [memory[slot.index] for slot in slots]
+    moved = 4 * sum(x.numel() for x in (*blocks, *targets))
+
+    def walk(backend: str) -> Tensor:
+        with torch.no_grad(), use_backend(backend, "graph_recurrence"):
+            return ghn.encoder.walk(states, traversal)
+
+    def tile(backend: str) -> list[Tensor]:
+        return ops.tile_weights(blocks, scales, sizes, targets, backend=backend)
+
+    def generate(backend: str) -> dict[str, Tensor]:
+        with use_backend(backend, "graph_recurrence", "tile_weights"):
+            return ghn.generate(graph, out=out)
+
+    def step(backend: str) -> None:
+        ghn.zero_grad(set_to_none=True)
+        with use_backend(backend, "graph_recurrence", "tile_weights"):
+            weights = list(ghn(prepared)[0].values())
+        torch.autograd.backward(weights, memory)
+
+    for backend in ("triton", "reference"):
+        for name, run, size in (("graph_recurrence", walk, 0), ("tile_weights", tile, moved)):
+            timer.row(f"{name} resnet50 {backend} graph", lambda b=backend, r=run: graphed(lambda: r(b)), moved=size)
+            timer.row(f"{name} resnet50 {backend}", lambda b=backend, r=run: lambda: r(b), moved=size, repeats=20)
+        timer.row(f"GHN resnet50 -> weights {backend}", lambda b=backend: lambda: generate(b), repeats=10)
+        timer.row(f"GHN resnet50 forward and backward {backend}", lambda b=backend: lambda: step(b), repeats=10)
+
+
 def compare(timer: Timer) -> None:
     """The ratios that are asked for, as far as their rows are there."""
     best = "sketch -> weights B=1 triton graph"
@@ -369,6 +411,7 @@ def main() -> None:
     net.requires_grad_(False)
     time_ops(timer, net)
     time_statistics(timer)
+    time_architectures(timer)
     time_prediction(timer, net)
     compare(timer)
     if not options.no_autotune:
