@@ -90,9 +90,9 @@ CASES: dict[str, dict[str, Callable[[], tuple[Any, ...]]]] = {
     "image_stats": {"1000 images of 32x32": lambda: image_stats(1000, 32)},
     "class_stats": {"5000 rows of 512": lambda: class_stats(5000, 512), "100 rows of 64": lambda: class_stats(100, 64)},
     "patch_covariance": {
-        "500 x 64 x 16 x 16": lambda: patch_covariance(500, 64, 16, 16),
         "500 x 3 x 32 x 32": lambda: patch_covariance(500, 3, 32, 32),
-        "50 x 256 x 8 x 8": lambda: patch_covariance(50, 256, 8, 8),
+        "50 x 64 x 16 x 16": lambda: patch_covariance(50, 64, 16, 16),
+        "20 x 128 x 8 x 8": lambda: patch_covariance(20, 128, 8, 8),
     },
 }  # fmt: skip
 UNROLLED = ("graph_recurrence",)
