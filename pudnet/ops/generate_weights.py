@@ -134,7 +134,8 @@ def _forward(*arguments: Any) -> Tensor:
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     d_weights, *tensors, shapes, backend = arguments
     run = _chosen(_BACKWARD, backend)
-    check(*tensors, shapes, tensors[0].dtype)
+    forward: list[Any] = [*tensors, shapes, tensors[0].dtype]
+    check(*forward)
     require_together("generate_weights", [d_weights, *tensors])
     size = _native_generation.flat_size(shapes)
     require_shapes("generate_weights", [("d_weights", d_weights, (len(tensors[0]), size))])
