@@ -214,7 +214,7 @@ def _spoiled_tensor(value: Tensor, rng: random.Random) -> Tensor:
     if way == 7:
         return value.to("meta") if rng.random() < 0.3 else value.new_empty(0)
     if way == 8 and value.numel() and value.dtype in EXTREMES:
-        changed = value.detach().clone()
+        changed = value.detach().clone(memory_format=torch.contiguous_format)
         changed.view(-1)[rng.randrange(changed.numel())] = rng.choice(EXTREMES[value.dtype])
         return changed
     if value.is_floating_point() and rng.random() < 0.3:
