@@ -443,10 +443,10 @@ def train(
         _emit({"predictor": str(path), "steps": settings.optimiser.steps, "seconds": seconds, **latest}, as_json)
 
 
-@_command("pudnet predict-arch mynets.py:make_net --checkpoint ghn.safetensors --input 3x32x32", "predict-arch")
+@_command("pudnet predict-arch mynets.py:make_net --checkpoint ghn2-fashion --input 3x32x32", "predict-arch")
 def predict_arch(
     network: Network,
-    checkpoint: Annotated[str, typer.Option(help="The GHN: path, bundled name or Hub id.", show_default=False)],
+    checkpoint: Annotated[str, typer.Option(help="The GHN: path, bundled name or Hub id.")] = "ghn2-fashion",
     shape: Annotated[str, typer.Option("--input", help="One input, as 3x32x32. Without: the GHN's own.")] = "",
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the weights go.")] = Path("weights.safetensors"),
     partial: Annotated[bool, typer.Option("--partial", help="Leave out parameters the network does not use.")] = False,

@@ -14,8 +14,10 @@ import torch
 from typer.testing import CliRunner, Result
 
 import pudnet
+from pudnet.checkpoint import PRETRAINED
 from pudnet.cli import app
 from pudnet.graphs import make_network
+from pudnet.training import read_config
 
 NETS = """
 import torch
@@ -109,6 +111,20 @@ def test_weights_load_as_a_state_dict(nets: Path, ghn: Path, tmp_path: Path) -> 
     assert all(torch.equal(weights[name], expected[name]) for name in weights)
     assert found["parameters"] == sum(weight.numel() for weight in weights.values())
     assert network.load_state_dict(weights, strict=False).unexpected_keys == []
+
+
+def test_the_bundled_ghn_is_the_default(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    path = tmp_path / "weights.safetensors"
+    result = run("predict-arch", "test-3", "-o", path, "--json")
+    assert result.exit_code == 0, result.stderr
+    ghn = pudnet.GHN.from_pretrained("ghn2-fashion")
+    expected, weights = ghn.generate(make_network("test-3")), load_file(path)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    recipe = read_config(PRETRAINED / "ghn2-fashion.toml").to_dict()
+    made = ghn.card["training"]
+    assert {**made, "run": None} == json.loads(json.dumps({**recipe, "run": None}))
 
 
 def test_parameters_without_use_are_left_out_on_request(nets: Path, ghn: Path, tmp_path: Path) -> None:
