@@ -90,7 +90,9 @@ def _run(options: argparse.Namespace, command: str) -> None:
         print(f"[{jobs}/{of}] {records[0]['split']}-{records[0]['number']}: {tops}", file=sys.stderr, flush=True)
 
     records = measure.run(settings, known=known, workers=options.workers, progress=progress)
-    complete = {**document, "rates": measure.rates(records), "records": records}
+    # Rows of methods that were not asked for stay in the file for another run; the tables leave them out.
+    others = [record for record in known if record["method"] not in options.methods]
+    complete = {**document, "rates": measure.rates(records), "records": records + others}
     harness.save(options.json, complete)
     picture = options.json.with_suffix(".svg")
     tables.draw(complete, picture)
@@ -121,6 +123,7 @@ def _document(
         "seed": settings.seed,
         "networks_seed": bench.recipe["seed"],
         "limits": {split: bench.limits(split) for split in settings.splits},
+        "methods": list(settings.methods),
         "networks": settings.networks,
         "trained": settings.trained,
         "tuning": settings.tuning,

@@ -300,9 +300,9 @@ def run(
     chosen = rates(records)
     trained = [f"{method}@{chosen[method]}" for method in sgd]
     quick = tuple(method for method in settings.methods if method not in EPOCHS)
-    # Those that take longest go first; network by network, so that fewer of each split are a whole result too.
+    # Network by network, so that an interrupted run has as many of each split.
     jobs: list[Job] = [
-        (split, n, (method,)) for n in range(settings.trained) for split in settings.splits for method in trained[::-1]
+        (split, n, (method,)) for method in trained for n in range(settings.trained) for split in settings.splits
     ]
     jobs += [(split, n, quick) for split in settings.splits for n in range(settings.networks) if quick]
     return records + _all(make, jobs, workers, progress)

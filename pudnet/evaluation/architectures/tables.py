@@ -30,7 +30,7 @@ def markdown(document: Mapping[str, Any], picture: str) -> list[str]:
         document: what ``__main__.py`` wrote.
         picture: path of the picture relative to the page.
     """
-    found = _by_split(document["records"])
+    found = _by_split(document)
     return [
         *_setting(document),
         "",
@@ -53,17 +53,17 @@ def markdown(document: Mapping[str, Any], picture: str) -> list[str]:
 
 def card(document: Mapping[str, Any]) -> list[str]:
     """The generated section of the model card."""
-    return [*_setting(document), "", *_all_networks(_by_split(document["records"]))]
+    return [*_setting(document), "", *_all_networks(_by_split(document))]
 
 
 Found = dict[str, dict[str, dict[int, Record]]]  # split -> method -> number of the network
 
 
-def _by_split(records: Sequence[Record]) -> Found:
+def _by_split(document: Mapping[str, Any]) -> Found:
     found: Found = {}
     for split in SPLITS:
-        for method in METHODS:
-            chosen = {r["number"]: r for r in records if (r["split"], r["method"]) == (split, method)}
+        for method in document["methods"]:
+            chosen = {r["number"]: r for r in document["records"] if (r["split"], r["method"]) == (split, method)}
             if chosen:
                 found.setdefault(split, {})[method] = chosen
     return found
@@ -195,7 +195,7 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    found = _by_split(document["records"])
+    found = _by_split(document)
     methods = [method for method in METHODS if any(method in of for of in found.values())]
     with rc_context({"svg.hashsalt": "pudnet", "svg.fonttype": "none", "font.size": 8}):
         figure = Figure(figsize=(7.2, 2.8))
