@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -47,6 +48,8 @@ def atomic_path(path: str | os.PathLike[str], where: str = "save") -> Iterator[P
         finished = False
         yield temporary
         finished = True
+        # A writer may have put a file of its own there; that of safetensors is closed to all but its owner.
+        os.chmod(temporary, stat.S_IMODE(os.fstat(handle).st_mode))
         _sync(temporary)
         os.replace(temporary, final)
         with suppress(OSError):  # the file is there; not every folder can be opened

@@ -71,6 +71,8 @@ def test_the_umask_decides_who_may_read_and_is_not_touched(tmp_path: Path, monke
             patch.delattr(os, "umask")
             with atomic_path(tmp_path / "file") as temporary:
                 temporary.write_text("x")
+            write_tensors(tmp_path / "tensors", {}, "key", {}, "here")
     finally:
         umask(before)
-    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+    for name in ("file", "tensors"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o640
