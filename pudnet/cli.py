@@ -158,7 +158,8 @@ def predict(
 ) -> None:
     """Predict a classifier for DATA and save it."""
     from pudnet.files import atomic_path
-    from pudnet.predictor import STAGES, Predictor
+    from pudnet.predictor import Predictor
+    from pudnet.stages import STAGES
 
     console = _console(as_json)
     # The output is claimed first, so that a path that cannot be written costs no work.
@@ -196,7 +197,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure the accuracy of MODEL on the labelled images of DATA."""
-    from pudnet.predictor import load
+    from pudnet.predicted import load
 
     console = _console(as_json)
     result = load(model).to(_device(device)).evaluate(data, split=split, seed=seed)
@@ -228,7 +229,7 @@ def add(
 ) -> None:
     """Add images and classes to MODEL, which `pudnet predict --growable` made, without its earlier images."""
     from pudnet.files import atomic_path
-    from pudnet.predictor import load
+    from pudnet.predicted import load
 
     console = _console(as_json)
     with atomic_path(output, "pudnet add") as claimed, console.status("Adding ..."):
@@ -254,7 +255,7 @@ def export(
     import logging
     import warnings
 
-    from pudnet.predictor import load
+    from pudnet.predicted import load
 
     console = _console(as_json)
     loaded = load(model)
@@ -287,7 +288,8 @@ def remake(
     import torch
 
     from pudnet.files import atomic_path
-    from pudnet.predictor import Predictor, load
+    from pudnet.predicted import load
+    from pudnet.predictor import Predictor
 
     console = _console(as_json)
     where, report = "pudnet remake", load(model).report
@@ -332,7 +334,8 @@ def write_page(
     as_json: Json = False,
 ) -> None:
     """Write one HTML page about MODEL on the labelled images of DATA: answers, accuracy, embedding, kernels, time."""
-    from pudnet.predictor import Predictor, load
+    from pudnet.predicted import load
+    from pudnet.predictor import Predictor
     from pudnet.report import write_report
 
     console = _console(as_json)
@@ -368,7 +371,7 @@ def classify(
     import torch
 
     from pudnet.data.pillow import read_image
-    from pudnet.predictor import load
+    from pudnet.predicted import load
 
     console = _console(as_json)
     loaded = load(model).to(_device(device))

@@ -18,7 +18,8 @@ from pudnet.errors import InputError, message
 from pudnet.evaluation.baselines import random_weights
 from pudnet.evaluation.scratch import CurvePoint, ScratchResult, accuracy, train_from_scratch
 from pudnet.files import atomic_path
-from pudnet.predictor import PredictedModel, Predictor, finish
+from pudnet.predicted import PredictedModel, finish
+from pudnet.predictor import Predictor
 
 MOST_SECONDS = 60.0
 # The learning rate rises and falls over so many epochs; the most that 60 seconds allow on a slow machine, about.

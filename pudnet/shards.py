@@ -19,10 +19,12 @@ from torch import Tensor
 from pudnet.data import open_images
 from pudnet.errors import InputError, message
 from pudnet.heads import HeadFitter
-from pudnet.predictor import SKETCH_SIZE, PredictedModel, Predictor, StageClock
+from pudnet.predicted import PredictedModel
+from pudnet.predictor import SKETCH_SIZE, Predictor
 from pudnet.serving import Token
 from pudnet.sketch import Sketch
 from pudnet.sketch import sketch as draw_sketch
+from pudnet.stages import StageClock
 
 T = TypeVar("T")
 State = tuple[dict[str, Any], dict[str, Tensor]]  # JSON-able, and tensors

@@ -350,6 +350,6 @@ def test_interrupt_anywhere_is_130(model: Path, data: Path, monkeypatch: pytest.
     def interrupt(*arguments: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pudnet.predictor.open_images", interrupt)
+    monkeypatch.setattr("pudnet.predicted.open_images", interrupt)
     result = run("evaluate", model, data)
     assert result.exit_code == 130 and "interrupted" in result.stderr

@@ -17,6 +17,8 @@ DATA = {"data", "sketch"} | BASE | {"ops"}
 MODELS = {"nn", "models", "bind", "targets", "graphs", "checkpoint", "hub", "batchnorm"} | OPS | DATA
 USERS = {
     "predictor",
+    "predicted",
+    "stages",
     "export",
     "provenance",
     "serving",
@@ -59,7 +61,12 @@ ALLOWED = {
     "optimised": MODELS,
     "interop": MODELS,
     "serving": {"data", "errors"},
-    "shards": {"predictor", "heads", "serving", "sketch", "data", "errors"},
+    "stages": {"serving"},
+    "predicted": {
+        *("batchnorm", "checkpoint", "data", "errors", "export", "features", "heads"),
+        *("hub", "provenance", "serving", "sketch", "stages", "targets"),
+    },
+    "shards": {"predictor", "predicted", "stages", "heads", "serving", "sketch", "data", "errors"},
     "predictor": USERS - {"training", "evaluation", "demo"},
     "training": USERS - {"evaluation", "demo"},
     "evaluation": USERS - {"training"},

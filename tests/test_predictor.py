@@ -20,7 +20,8 @@ import pudnet
 from pudnet import checkpoint
 from pudnet.checkpoint import PRETRAINED
 from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError
-from pudnet.predictor import STAGES, Classification, StageClock
+from pudnet.predicted import Classification
+from pudnet.stages import STAGES, StageClock
 
 SIDE = 16
 
@@ -173,7 +174,7 @@ def test_report(predictor: pudnet.Predictor) -> None:
 
 def test_stages_count_exclusively(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("pudnet.predictor.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("pudnet.stages.time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def slow() -> Any:
         for _ in range(2):

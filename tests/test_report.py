@@ -217,7 +217,7 @@ class Answers(torch.nn.Module):
         first = pixels[:, 0, 0].float()
         rest = (1 - first[:, 1:2] / 100) / 2
         found = rest.expand(-1, 3).scatter(1, first[:, :1].long(), first[:, 1:2] / 100)
-        return pudnet.predictor.Classification([], found)
+        return pudnet.predicted.Classification([], found)
 
 
 def test_measure_by_hand() -> None:

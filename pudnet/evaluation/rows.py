@@ -1,7 +1,7 @@
 """The rows of every table: ways to a classifier for one task, each measured on the same test images.
 
 A row is one line of ``ROWS``; adding one means adding a line there. Predicted weights and all untrained ones share the
-code that makes a classifier of a network (``pudnet.predictor.finish``).
+code that makes a classifier of a network (``pudnet.predicted.finish``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from pudnet.evaluation.peers import ITERATIONS, TREES, fit_pixels
 from pudnet.evaluation.scratch import FINE_TUNING_LR, accuracy, fine_tune, scratch_settings, train_from_scratch
 from pudnet.evaluation.tasks import Images, Task, draw
 from pudnet.heads import fit_head
-from pudnet.predictor import Predictor, finish
+from pudnet.predicted import finish
+from pudnet.predictor import Predictor
 from pudnet.sketch import Sketch
 
 PROBE_BATCH = 512

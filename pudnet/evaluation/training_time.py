@@ -25,7 +25,8 @@ from pudnet.evaluation.rows import ROWS, SCRATCH, Bench
 from pudnet.evaluation.scratch import ScratchResult, accuracy, native_bfloat16, train_from_scratch
 from pudnet.evaluation.tasks import GROUPS, Group, Images, Material, Task, available, validation_classes
 from pudnet.files import atomic_path
-from pudnet.predictor import STAGES, Predictor
+from pudnet.predictor import Predictor
+from pudnet.stages import STAGES
 
 FORMAT = 1
 POINTS = 32  # of every curve

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pudnet.data import ImageSource
-from pudnet.predictor import PredictedModel, ordered
+from pudnet.predicted import PredictedModel, ordered
 
 SAMPLES = 24
 MISTAKES = 12

@@ -18,11 +18,13 @@ from pudnet.errors import InputError, message, one_line
 from pudnet.evaluation.rows import SCRATCH
 from pudnet.evaluation.scratch import CurvePoint, accuracy, train_from_scratch
 from pudnet.files import atomic_path
-from pudnet.predictor import STAGES, PredictedModel, Predictor
+from pudnet.predicted import PredictedModel
+from pudnet.predictor import Predictor
 from pudnet.report import charts
 from pudnet.report.embedding_map import PART_IMAGES, PARTS, embedding_map, load_embeddings
 from pudnet.report.measure import Measurement, Sample, measure
 from pudnet.sketch import sketch
+from pudnet.stages import STAGES
 
 WHERE = "pudnet report"
 TEMPLATE = Path(__file__).parent / "page.html"

@@ -21,7 +21,7 @@ from pudnet import PudNet, checkpoint
 from pudnet.errors import PudnetError
 from pudnet.heads import fit_head
 from pudnet.models.ghn import GHN
-from pudnet.predictor import PredictedModel
+from pudnet.predicted import PredictedModel
 from pudnet.sketch import Sketch, sketch
 from pudnet.targets import ConvNet3
 from pudnet.training import Trainer, TrainingConfig

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import pudnet
-from pudnet import predictor as predictor_module
+from pudnet import predicted as predicted_module
 from pudnet.features import feature_maps
 from pudnet.targets.convnet import ConvNet3
 from stress import Figures, part
@@ -185,7 +185,7 @@ def memory(count: int, seed: int) -> Figures:
         dataset = small_dataset(number, seed)
         limit = draws.randint(1, 24)
         expected = answers(shared.predict(*dataset))
-        with mock.patch.object(predictor_module, "feature_maps", memory_for(limit)):
+        with mock.patch.object(predicted_module, "feature_maps", memory_for(limit)):
             model = shared.predict(*dataset)
         halved += bool(model.report["warnings"])
         # Fewer rows at once are multiplied in another order: the same numbers but for rounding.

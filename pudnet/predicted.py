@@ -1,0 +1,487 @@
+"""``PredictedModel``, the classifier that a prediction gives; ``load`` reads a saved one, ``finish`` makes one.
+
+``finish`` is the second half of a prediction: a network that has its weights, and images -> a classifier.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Unpack
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pudnet import checkpoint, export, hub, provenance
+from pudnet.batchnorm import BATCH_SIZE, POLICIES, set_policy
+from pudnet.checkpoint import HubOptions
+from pudnet.data import ImageSource, Preprocess, open_images
+from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError, message, one_line
+from pudnet.features import feature_maps
+from pudnet.heads import Head, HeadFitter, head_from_config
+from pudnet.serving import Halves, is_out_of_memory
+from pudnet.sketch import Sketch
+from pudnet.stages import StageClock
+from pudnet.targets import build_target
+
+BATCH = 256
+CPU_BATCH = 32  # activations that stay in the cache: half the time of batches of 256 (convnet3)
+HEAD_PREFIX, FITTER_PREFIX = f"{checkpoint.OWN_PREFIX}head.", f"{checkpoint.OWN_PREFIX}fitter."
+
+
+class Classification(NamedTuple):
+    """Answers for n images: the class name of each, and the probability of every class ``[n, K]``."""
+
+    labels: list[str]
+    probabilities: Tensor
+
+
+class PredictedModel(hub.Shared, nn.Module):
+    """A finished classifier: a network with predicted weights and a head. A plain module, in eval mode.
+
+    Attributes:
+        preprocess: uint8 images of any size -> the network's normalised input.
+        classes: class names, in the order of the logits.
+        report: how it was made: seconds per stage, accuracy to expect, counts, warnings, provenance. JSON-able.
+        target_name: name of the target network; None where it was a module of the caller's.
+        batchnorm: the BatchNorm policy.
+        fitter: what the head remembers of its images, so that ``add`` can give it more; None without ``growable``.
+    """
+
+    hub_file = "model.safetensors"
+
+    def __init__(
+        self,
+        network: nn.Module,
+        head: Head,
+        preprocess: Preprocess,
+        classes: Sequence[str],
+        *,
+        batchnorm: str = "calibrated",
+        target_name: str | None = None,
+        report: Mapping[str, Any] | None = None,
+        fitter: HeadFitter | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.head = head
+        self.preprocess = preprocess
+        self.classes = tuple(classes)
+        self.batchnorm = batchnorm
+        self.target_name = target_name
+        self.report: dict[str, Any] = dict(report or {})
+        self.fitter = fitter
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised images ``[n, 3, size, size]`` -> logits ``[n, K]``; their softmax are calibrated probabilities."""
+        if x.dim() != 4 or x.shape[1] != 3:
+            hint = "Turn images into it with model.preprocess(images)."
+            raise ShapeError(message("PredictedModel", "x", "[n, 3, H, W]", list(x.shape), hint))
+        if not x.is_floating_point():
+            hint = "Turn images into it with model.preprocess(images)."
+            raise DtypeError(message("PredictedModel", "x", "floating point", x.dtype, hint))
+        logits: Tensor = self.head(feature_maps(self.network, x.contiguous(memory_format=torch.channels_last)))
+        return logits
+
+    @torch.no_grad()
+    def classify(self, images: Any) -> Classification:
+        """Classify images.
+
+        Args:
+            images: uint8 ``[n, H, W, C]`` or ``[n, H, W]`` of any size, or a list of single images.
+
+        Returns:
+            Class names, n of them, and probabilities ``[n, K]`` on the CPU.
+        """
+        probabilities = self._probabilities(self.preprocess.resize(images))
+        return Classification([self.classes[label] for label in probabilities.argmax(1).tolist()], probabilities)
+
+    def _probabilities(self, resized: Tensor) -> Tensor:
+        """uint8 ``[n, size, size, 3]`` -> probabilities ``[n, K]`` on the CPU."""
+
+        def probabilities(piece: Tensor) -> Tensor:
+            return torch.softmax(self(self.preprocess.normalise(piece)), dim=1).cpu()
+
+        halves = Halves(self.batchnorm != "batch")
+        pieces = _pieces(resized, self.batchnorm, self._device)
+        found = [part for piece in pieces for part, _ in halves.run(probabilities, piece)]
+        return torch.cat(found) if found else torch.empty(0, len(self.classes))
+
+    @property
+    def _device(self) -> torch.device:
+        return _device_of(self.network)
+
+    @torch.no_grad()
+    def evaluate(self, source: Any, labels: Any = None, *, split: str = "test", seed: int = 0) -> dict[str, Any]:
+        """Measure the accuracy on labelled images, given in any form ``Predictor.predict`` takes.
+
+        Args:
+            split: which part of a source that has several.
+            seed: of the order of the images, which matters to the BatchNorm policy ``"batch"`` alone.
+
+        Returns:
+            ``top1`` (0..1), ``top5`` where there are more than five classes, ``n``, ``per_class``
+            ``{name: {"n", "top1"}}``, ``nll`` (mean negative log-probability of the right class), ``skipped``
+            ``[[file, reason]]``, ``warnings``, ``seconds``.
+
+        Raises:
+            InputError: there are no images, or classes the model does not know.
+        """
+        start = time.perf_counter()
+        opened = open_images(source, labels, size=self.preprocess.size, split=split, classes=self.classes)
+        k = len(self.classes)
+        n, right, right5 = torch.zeros(k).long(), torch.zeros(k).long(), 0
+        nll = 0.0
+        for images, truth in ordered(opened, self.batchnorm, seed):
+            probabilities = self._probabilities(images)  # [b, K]
+            hit = probabilities.argmax(1) == truth
+            n += torch.bincount(truth, minlength=k)
+            right += torch.bincount(truth[hit], minlength=k)
+            right5 += int((probabilities.topk(min(5, k)).indices == truth[:, None]).any(1).sum())
+            own = probabilities.gather(1, truth[:, None]).double()
+            nll -= float(own.clamp_min(torch.finfo(torch.float32).tiny).log().sum())
+        total = int(n.sum())
+        counted = zip(self.classes, n.tolist(), right.tolist(), strict=True)
+        return {
+            "top1": int(right.sum()) / total,
+            **({"top5": right5 / total} if k > 5 else {}),
+            "n": total,
+            "nll": nll / total,
+            "per_class": {name: {"n": of, "top1": hits / of} for name, of, hits in counted if of},
+            "skipped": [list(entry) for entry in opened.skipped],
+            "warnings": list(opened.warnings),
+            "seconds": time.perf_counter() - start,
+        }
+
+    @torch.no_grad()
+    def add(
+        self, images: Any, labels: Any = None, *, new_classes: Sequence[str] = (), split: str = "train"
+    ) -> PredictedModel:
+        """A model that also knows these images, and more classes: the head is fitted anew, the network stays.
+
+        The earlier images are not read again. The head is the one that all images at once would have given on this
+        network, up to rounding (see ``HeadFitter``). This model goes on as it is; both share the network.
+
+        Args:
+            images, labels, split: in any form ``Predictor.predict`` takes; one class is enough.
+            new_classes: names of classes that come behind those of this model.
+
+        Raises:
+            InputError: the model was predicted without ``growable`` or with BatchNorm ``"batch"``; bad images; a class
+                that is neither the model's nor new, or a new one that is not new or has no images.
+        """
+        where = "PredictedModel.add"
+        if self.fitter is None:
+            hint = "Predict it with growable=True."
+            raise InputError(message(where, "the model", "one that keeps what its head needs", "another", hint))
+        if self.batchnorm == "batch":
+            rule = "'calibrated' or 'shared'"
+            raise InputError(message(where, "batchnorm", rule, "'batch'", "Answers depend on the other images there."))
+        classes = (*self.classes, *new_classes)
+        if len(set(classes)) < len(classes):
+            raise InputError(message(where, "new_classes", "new and different from each other", list(new_classes)))
+        clock = StageClock(self._device)
+        source = open_images(images, labels, size=self.preprocess.size, split=split, classes=classes)
+        fitter = copy.deepcopy(self.fitter).to(self._device)
+        fitter.add_classes(len(new_classes))
+        halves = Halves()
+        with clock.stage("head"):
+            fitter.add(
+                _mapped(self.network, self.preprocess, clock.iterate("reading", source), self.batchnorm, clock, halves)
+            )
+            head = fitter.fit()
+        grown = PredictedModel(
+            self.network, head, self.preprocess, classes,
+            batchnorm=self.batchnorm, target_name=self.target_name, report=self.report, fitter=fitter,
+        )  # fmt: skip
+        grown._report_added(source, new_classes, split, [*_memory_warnings(None, halves.limit)], clock)
+        return grown
+
+    def _report_added(
+        self, source: ImageSource, new_classes: Sequence[str], split: str, warnings: list[str], clock: StageClock
+    ) -> None:
+        """Bring the report up to date with images that were added."""
+        report, counts = self.report, dict(zip(source.classes, source.counts or (), strict=True))
+        old = report["class_counts"]
+        entry = {"n": sum(counts.values()), "new_classes": list(new_classes), "split": split}
+        found = report.get("provenance", {})
+        self.report = {
+            **report,
+            "seconds": {**report["seconds"], "added": report["seconds"].get("added", 0.0) + clock.total()},
+            "expected_accuracy": self.head.expected_accuracy,
+            "n": report["n"] + entry["n"],
+            "class_counts": {name: old.get(name, 0) + counts[name] for name in self.classes},
+            "skipped": report["skipped"] + [list(one) for one in source.skipped],
+            "warnings": report["warnings"] + list(source.warnings) + warnings,
+            "head": {"name": self.head.name, **self.head.info},
+            "provenance": {
+                **found,
+                "added": [*found.get("added", ()), entry],
+                "model_sha256": provenance.digest_model(self.network, self.head),
+            },
+        }
+
+    def export(self, path: str | os.PathLike[str]) -> None:
+        """Write the model for use without pudnet; the suffix of ``path`` says how.
+
+        - ``.onnx`` and ``.pt2``: the whole model, with a free number of images: ``images`` uint8 RGB
+          ``[n, size, size, 3]`` -> ``logits`` and ``probabilities`` ``[n, K]``. Normalisation is inside; resizing is
+          not (``preprocess.resize``, or docs/production.md). ONNX files are checked with onnxruntime.
+        - ``.safetensors``: what ``save`` writes.
+
+        Class names, sizes and the report travel with each: ``pudnet.export.describe`` says where.
+
+        Raises:
+            InputError: another suffix, a path that cannot be written, or packages that are not installed.
+            PudnetError: onnxruntime gives other outputs than this model.
+        """
+        if os.fspath(path).endswith(".safetensors"):
+            return self.save(path)
+        # Neither what only `add` needs nor what is on a GPU.
+        plain = copy.deepcopy(self, {id(self.fitter): None}).cpu().requires_grad_(False)
+        return export.export(plain, self.preprocess, self._config(), path)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], *, target: nn.Module | None = None, **options: Unpack[HubOptions]
+    ) -> PredictedModel:
+        """Read a model: a file, a folder with ``model.safetensors``, or a repository of the Hugging Face Hub.
+
+        Args:
+            target: see ``pudnet.load``.
+            options: of huggingface_hub, for a repository: revision, cache_dir, local_files_only, force_download, token.
+
+        Raises:
+            InputError: there is no such file or repository.
+            CheckpointError: the file is damaged, of another version or kind, or does not fit ``target``.
+        """
+        return load(checkpoint.find(name, "PredictedModel.from_pretrained", cls.hub_file, **options), target)
+
+    def card_parts(self, name: str) -> dict[str, Any]:
+        """See ``pudnet.hub.Shared``."""
+        return hub.model_card(name, self._config())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to one file that ``pudnet.load`` reads back to equal outputs.
+
+        The network's tensors have their own names, the rest of them start with ``pudnet.``: without those, any module
+        of the same architecture loads the file's as its state dict.
+
+        Raises:
+            InputError: the path cannot be written.
+        """
+        config = self._config()
+        # Clones: a weight that two layers share would otherwise be refused.
+        tensors = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
+        tensors |= {f"{HEAD_PREFIX}{name}": tensor for name, tensor in self.head.state.items()}
+        if self.fitter is not None:
+            config["fitter"], remembered = self.fitter.state()
+            tensors |= {f"{FITTER_PREFIX}{name}": tensor for name, tensor in remembered.items()}
+        checkpoint.save(path, "model", config, tensors)
+
+    def _config(self) -> dict[str, Any]:
+        return {
+            "target": self.target_name,
+            "preprocess": self.preprocess.to_dict(),
+            "classes": list(self.classes),
+            "batchnorm": self.batchnorm,
+            "head": self.head.config(),
+            "report": self.report,
+        }
+
+
+def load(path: str | os.PathLike[str], target: nn.Module | None = None) -> PredictedModel:
+    """Read a model written by ``PredictedModel.save``; its outputs equal those of the saved one.
+
+    Args:
+        target: a module of the target's architecture, where it was a module and not a name; copied.
+
+    Raises:
+        InputError: there is no such file.
+        CheckpointError: the file is damaged, of another version or kind, or does not fit ``target``.
+    """
+    where = "pudnet.load"
+    config, tensors = checkpoint.load(path, "model")
+    name = config.get("target")
+    if name is None and target is None:
+        raise CheckpointError(message(where, "target", "the module the model was made for", None))
+    try:
+        if target is not None:
+            network = copy.deepcopy(target)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                network, _ = build_target(str(name))
+        weights = {name: tensor for name, tensor in tensors.items() if not name.startswith(checkpoint.OWN_PREFIX)}
+        _match_batch_norms(network, weights)
+        checkpoint.fill(network, weights)
+        head, classes = head_from_config(config["head"], _part(tensors, HEAD_PREFIX)), config["classes"]
+        if config["batchnorm"] not in POLICIES:
+            raise CheckpointError(message(where, "batchnorm", f"one of {POLICIES}", repr(config["batchnorm"])))
+        strings = isinstance(classes, list) and all(isinstance(label, str) for label in classes)
+        if not strings or len(classes) != head.num_classes:
+            raise CheckpointError(message(where, "classes", f"a list of {head.num_classes} names", repr(classes)))
+        fitter = None
+        if "fitter" in config:
+            remembered = _part(tensors, FITTER_PREFIX)
+            fitter = HeadFitter.from_state(head.name, head.num_classes, config["fitter"], remembered)
+        return PredictedModel(
+            network,
+            head,
+            Preprocess.from_dict(config["preprocess"]),
+            classes,
+            batchnorm=config["batchnorm"],
+            target_name=name,
+            report=config["report"],
+            fitter=fitter,
+        )
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RuntimeError) as error:
+        got = f"{str(path)!r} ({one_line(error)})"
+        hint = "It was made for another target network or another version."
+        raise CheckpointError(message(where, "path", "a model that fits", got, hint)) from error
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next(tensor.device for tensor in module.parameters())
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _match_batch_norms(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give every BatchNorm running statistics exactly where ``weights`` has some: the policy decided that."""
+    for prefix, norm in network.named_modules():
+        if not isinstance(norm, _BatchNorm):
+            continue
+        norm.track_running_stats = f"{prefix}.running_mean" in weights or f"{prefix}.running_var" in weights
+        if norm.track_running_stats:
+            norm.running_mean, norm.running_var = torch.zeros(norm.num_features), torch.ones(norm.num_features)
+            norm.num_batches_tracked = torch.tensor(0)
+        else:
+            norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+
+
+@torch.no_grad()
+def finish(
+    network: nn.Module,
+    source: ImageSource,
+    sketch: Sketch,
+    preprocess: Preprocess,
+    *,
+    head: str = "ridge",
+    batchnorm: str = "calibrated",
+    seed: int = 0,
+    growable: bool = False,
+    clock: StageClock | None = None,
+    reduce: Callable[[HeadFitter], HeadFitter] | None = None,
+) -> PredictedModel:
+    """Turn a network that has its convolution weights into a classifier of ``source``: BatchNorm statistics and head.
+
+    Args:
+        network: with weights from anywhere; it becomes part of the model and is changed.
+        source: the training images.
+        sketch: the random sample of them that BatchNorm is calibrated on.
+        growable: the model keeps what ``PredictedModel.add`` needs.
+        clock: to go on counting on; None for a new one.
+        reduce: what the head remembers of ``source`` -> what it remembers of all shards.
+    """
+    device = _device_of(network)
+    clock = clock or StageClock(device)
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    halves = Halves(batchnorm != "batch")
+    images = _prepared(preprocess, preprocess.resize(sketch.images), device)
+    fitter = HeadFitter(head, len(source.classes), seed=seed)
+    with clock.stage("calibration"):
+        calibrated_on = _set_policy(network, batchnorm, images, seed)
+    with clock.stage("head"):
+        batches = clock.iterate("reading", ordered(source, batchnorm, seed))
+        fitter.add(_mapped(network, preprocess, batches, batchnorm, clock, halves))
+        fitter = reduce(fitter) if reduce else fitter
+        fitted = fitter.fit()
+    kept = fitter if growable else None
+    model = PredictedModel(network, fitted, preprocess, source.classes, batchnorm=batchnorm, fitter=kept)
+    total = clock.total()
+    model.report = {
+        "seconds": {**clock.seconds, "total": total},
+        "expected_accuracy": fitted.expected_accuracy,
+        "n": sum(source.counts or ()),
+        "class_counts": dict(zip(source.classes, source.counts or (), strict=True)),
+        "skipped": [list(entry) for entry in source.skipped],
+        "warnings": [*source.warnings, *_memory_warnings(calibrated_on, halves.limit)],
+        "head": {"name": head, **fitted.info},
+        "batchnorm": batchnorm,
+    }
+    return model
+
+
+def _prepared(preprocess: Preprocess, images: Tensor, device: torch.device) -> Tensor:
+    """Resized uint8 images -> what the network reads."""
+    return preprocess.normalise(images.to(device)).contiguous(memory_format=torch.channels_last)
+
+
+def _mapped(
+    network: nn.Module,
+    preprocess: Preprocess,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    batchnorm: str,
+    clock: StageClock,
+    halves: Halves,
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Feature maps and labels of every image."""
+    device = _device_of(network)
+
+    def maps_of(piece: Tensor) -> list[Tensor]:
+        clock.check()
+        return feature_maps(network, _prepared(preprocess, piece, device))
+
+    for images, labels in batches:
+        done = 0
+        for piece in _pieces(images, batchnorm, device):
+            for maps, count in halves.run(maps_of, piece):
+                yield maps, labels[done : done + count]
+                done += count
+
+
+def _set_policy(network: nn.Module, batchnorm: str, images: Tensor, seed: int) -> int | None:
+    """``set_policy``; where memory runs out, in smaller batches, whose size is returned."""
+    size = most = min(BATCH_SIZE, len(images))
+    while True:
+        try:
+            set_policy(network, batchnorm, images, batch_size=size, seed=seed)
+        except Exception as error:
+            if not is_out_of_memory(error) or size <= CPU_BATCH:
+                raise
+        else:
+            return None if size == most else size
+        size //= 2
+
+
+def _memory_warnings(calibrated_on: int | None, read: int | None) -> list[str]:
+    """What a report says where memory ran out."""
+    found = []
+    if calibrated_on is not None:
+        found.append(f"memory ran out: BatchNorm is calibrated on batches of {calibrated_on} images")
+    if read is not None:
+        found.append(f"memory ran out: {read} images were read at a time")
+    return found
+
+
+def ordered(source: ImageSource, batchnorm: str, seed: int) -> Iterable[tuple[Tensor, Tensor]]:
+    """Batches of ``source``, in a random order where batches share statistics: one of a single class would leak it."""
+    if batchnorm != "batch":
+        return source
+    images, labels = source.tensors()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    parts = order.tensor_split(-(-len(order) // BATCH))  # nearly equal: a small last batch has poor statistics
+    return ((images[part], labels[part]) for part in parts)
+
+
+def _pieces(images: Tensor, batchnorm: str, device: torch.device) -> Iterator[Tensor]:
+    """Cut a batch into what the network reads at once; not where the images of a batch share statistics."""
+    size = CPU_BATCH if device.type == "cpu" and batchnorm != "batch" else BATCH
+    return (part.to(device) for part in torch.split(images, size) if len(part))
