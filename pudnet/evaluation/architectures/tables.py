@@ -42,10 +42,7 @@ def markdown(document: Mapping[str, Any], picture: str) -> list[str]:
         "",
         *_accuracy(found, list(METHODS), document["trained"]),
         "",
-        "Difference in points, network by network, mean ± standard error (number of networks):",
-        "",
         *_differences(found),
-        "",
         *_ranks(found, document["trained"]),
         f"![Accuracy on unseen architectures]({picture})",
     ]
@@ -77,16 +74,17 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def _setting(document: Mapping[str, Any]) -> list[str]:
     found, sgd = document["environment"], document["sgd"]
     rates = ", ".join(f"{rate:g} for {EPOCHS[name]} epoch(s)" for name, rate in document["rates"].items())
+    widths, stems = (", ".join(map(str, document["limits"]["test"][name])) for name in ("widths", "stems"))
+    tried = ", ".join(f"{rate:g}" for rate in sgd["rates"])
     lines = [
         f"Made by `{document['command']}` on {found['date']} ({found['processor']}, pudnet {found['pudnet']}, torch "
         f"{found['torch']}) from `{document['json']}`.",
         "",
         f"- Images: {document['test_images']} of the test part of `{document['images']}` (seed {document['seed']}), "
-        "which no training reads. BatchNorm on the statistics of the batch for every row, "
+        "which no training and no tuning reads. BatchNorm on the statistics of the batch for every row, "
         f"{document['batch']} images in each.",
-        f"- Networks: seed {document['networks_seed']}, number 0 and up of each split; initial channels "
-        f"{document['limits']['test']['widths']} (four times as many in wide), stem types "
-        f"{document['limits']['test']['stems']}, and the limits of the table: those of training "
+        f"- Networks: seed {document['networks_seed']}, number 0 and up of each split; initial channels {widths} (four "
+        f"times as many in wide), stem types {stems}, and the limits of the table: those of training "
         f"(`{document['recipe']}`), or where the split cannot obey them, the smallest that it can.",
     ]
     if document["rates"]:
@@ -94,7 +92,7 @@ def _setting(document: Mapping[str, Any]) -> list[str]:
             f"- SGD: {sgd['images']} images of the training part, batches of {sgd['batch']}, from the default "
             f"initialisation; momentum {sgd['momentum']} (Nesterov), weight decay {sgd['weight_decay']:g}, gradients "
             f"clipped to norm {sgd['clip']:g}, the rate up for {100 * sgd['warmup']:.0f} % of the steps and down to "
-            f"zero along a cosine. Peak rate {rates}: the best of {sgd['rates']} on {document['tuning']} networks of "
+            f"zero along a cosine. Peak rate {rates}: the best of {tried} on {document['tuning']} networks of "
             "the split val and other training images."
         )
     for method, one in document["checkpoints"].items():
@@ -161,7 +159,10 @@ def _differences(found: Found) -> list[str]:
             cells.append(f"{mean:+.1f}" + (f" ± {error:.1f}" if error is not None else "") + f" ({len(both)})")
         if any(cells):
             rows.append([f"{TITLES[plus]} minus {TITLES[minus]}", *cells])
-    return _table(["difference", *found], rows)
+    if not rows:
+        return []
+    title = "Difference in points, network by network, mean ± standard error (number of networks):"
+    return [title, "", *_table(["difference", *found], rows), ""]
 
 
 def _ranks(found: Found, first: int) -> list[str]:
