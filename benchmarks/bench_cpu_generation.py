@@ -1,4 +1,4 @@
-"""Weight generation on the CPU, one thread: reference, torch.compile, native. Writes results/cpu-<model>.json.
+"""Weight generation on the CPU, one thread: reference, torch.compile, native. Writes results/cpu-<processor>.json.
 
     OMP_NUM_THREADS=1 python -m pytest benchmarks/bench_cpu_generation.py
 

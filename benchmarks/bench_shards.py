@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from timing import RESULTS, file_name, machine
 
 import pudnet
 from pudnet.data import open_images
@@ -29,7 +30,6 @@ from pudnet.files import atomic_path
 from pudnet.heads import RidgeAccumulator
 from pudnet.targets import build_target
 
-RESULTS = Path(__file__).parent / "results"
 CLASSES = 21_841  # of ImageNet-21K
 PHOTO = (500, 375)  # the usual size of its images
 RUNS = 2
@@ -114,7 +114,7 @@ def main() -> None:
     found: dict[str, Any] = {
         "command": "OMP_NUM_THREADS=1 python benchmarks/bench_shards.py",
         "date": datetime.date.today().isoformat(),
-        "processor": processor(),
+        "processor": machine(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "load_average": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
@@ -134,16 +134,9 @@ def main() -> None:
             "head": head,
             "sums": sums(widths[head]),
         }
-    with atomic_path(RESULTS / f"shards-{processor().lower().replace(' ', '-')}.json", "bench_shards") as path:
+    with atomic_path(RESULTS / file_name("shards"), "bench_shards") as path:
         path.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found, indent=1))
-
-
-def processor() -> str:
-    """As /proc says, in the two words that matter."""
-    with open("/proc/cpuinfo") as info:
-        name = next((line.split(":")[1] for line in info if line.startswith("model name")), platform.machine())
-    return " ".join(name.split()[:2])
 
 
 if __name__ == "__main__":

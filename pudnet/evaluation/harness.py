@@ -190,7 +190,7 @@ def environment(threads: int, device: str = "cpu") -> dict[str, Any]:
     cuda = torch.device(device).type == "cuda"
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "processor": f"{processor_name()} ({torch.backends.cpu.get_cpu_capability()})",
+        "processor": processor_name(),
         **({"gpu": torch.cuda.get_device_name(torch.device(device)), "cuda": torch.version.cuda} if cuda else {}),
         "cores": os.cpu_count(),
         "threads_per_process": threads,
@@ -202,13 +202,14 @@ def environment(threads: int, device: str = "cpu") -> dict[str, Any]:
 
 
 def processor_name() -> str:
-    """The processor's name, from the system where it tells."""
+    """The processor's name, from the system where it tells, and its vectors: virtual machines share a name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
+        lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def commit() -> str | None:
