@@ -5,6 +5,7 @@ n images, C channels, H x W pixels, g pooling grid, F features.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -28,6 +29,8 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 def feature_maps(module: nn.Module, x: Tensor) -> list[Tensor]:
     """Feature maps of every layer of ``module`` for the images ``x [n, 3, H, W]``, in call order.
 
+    Several threads may ask one module at once.
+
     A module with its own method ``feature_maps(x)`` decides itself. Any other is tapped with forward hooks (removed
     again): the output of every normalisation layer that reads a convolution's output, and of every convolution that no
     such layer reads, with ReLU applied.
@@ -47,14 +50,19 @@ def feature_maps(module: nn.Module, x: Tensor) -> list[Tensor]:
 def _tap(module: nn.Module, x: Tensor) -> list[Tensor]:
     maps: dict[int, Tensor] = {}  # call number -> map
     convolved: list[tuple[int, weakref.ref[Tensor]]] = []  # call number and raw output of each convolution
+    thread = threading.get_ident()  # hooks also see what other threads run through the module
 
     # ReLU is applied at once, into a new tensor: what follows may overwrite the output in place (`out += identity`).
     def after_convolution(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if threading.get_ident() != thread:
+            return
         call = len(convolved)
         convolved.append((call, weakref.ref(output)))
         maps[call] = F.relu(output)
 
     def after_norm(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if threading.get_ident() != thread:
+            return
         for call, raw in convolved:
             if inputs and raw() is inputs[0]:
                 maps[call] = F.relu(output)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,6 +60,17 @@ def test_norms_that_follow_convolutions_are_tapped_before_in_place_changes() -> 
     torch.testing.assert_close(maps[1], F.relu(second))
     torch.testing.assert_close(maps[2], F.relu(module(x)))
     assert len(maps) == 3
+
+
+def test_threads_that_share_a_module_get_their_own_maps() -> None:
+    module = Residual().eval()
+    given = [images(n) for n in range(1, 5)]
+    alone = [feature_maps(module, x) for x in given]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda number: feature_maps(module, given[number % 4]), range(200)))
+    for number, maps in enumerate(found):
+        assert [m.shape for m in maps] == [m.shape for m in alone[number % 4]]
+        assert all(torch.equal(m, wanted) for m, wanted in zip(maps, alone[number % 4], strict=True))
 
 
 def test_norms_after_several_convolutions_keep_call_order() -> None:
