@@ -233,9 +233,7 @@ def test_recurrence_with_gradient_goes_to_another_backend() -> None:
     assert tensors[1].grad is not None
     with torch.no_grad():
         ops.layer_recurrence(*tensors, alpha=0.1, normalise_state=True, backend="native")
-    torch.library.opcheck(
-        torch.ops.pudnet.layer_recurrence_native.default, (*(x.detach() for x in tensors), 0.1, True)
-    )
+    torch.library.opcheck(torch.ops.pudnet.layer_recurrence_native.default, (*(x.detach() for x in tensors), 0.1, True))
 
 
 def test_native_is_offered_for_cpu_tensors() -> None:
