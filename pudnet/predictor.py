@@ -202,7 +202,8 @@ class Predictor(hub.Shared):
 
         Args:
             images: a folder with one sub-folder per class, an ``.npz`` file, uint8 images ``[n, H, W, C]`` (array or
-                tensor) with ``labels``, or a torch ``Dataset`` or ``DataLoader`` of (image, label).
+                tensor) with ``labels``, a torch ``Dataset`` or ``DataLoader`` of (image, label), or what
+                ``pudnet.data.open_images`` opened, with options that only it has (``follow_symlinks``).
             labels: ``[n]`` integers or names, for arrays.
             head: ``"ridge"``, ``"ridge-last"`` or ``"cosine"``.
             batchnorm: ``"calibrated"``, ``"batch"`` or ``"shared"``.
@@ -416,7 +417,8 @@ class Predictor(hub.Shared):
         """Open a dataset and draw its sketch."""
         clock = StageClock(self.device, cancel)
         with clock.stage("reading"):
-            if cancel is not None and labels is None and not isinstance(images, (str, os.PathLike, np.ndarray, Tensor)):
+            whole = (str, os.PathLike, np.ndarray, Tensor, ImageSource)  # not read item by item in `open_images`
+            if cancel is not None and labels is None and not isinstance(images, whole):
                 images = Watched(images, clock.check)
             source = open_images(images, labels, size=self.net.config.image_size, split=split, classes=classes)
         builder = SketchBuilder(size, seed=seed)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -124,6 +125,16 @@ def test_folder(predictor: pudnet.Predictor, tmp_path: Path) -> None:
     result = model.evaluate(tmp_path)
     assert result["n"] == 15 and len(result["skipped"]) == 1
     json.dumps([model.report, result])
+    (tmp_path / "outside" / "in").mkdir(parents=True)
+    (tmp_path / "class 0").rename(tmp_path / "outside" / "in" / "class 0")
+    (tmp_path / "linked").mkdir()
+    for number in range(3):
+        goal = tmp_path / ("outside/in" if number == 0 else ".") / f"class {number}"
+        (tmp_path / "linked" / f"class {number}").symlink_to(goal)
+    opened = pudnet.data.open_images(tmp_path / "linked", size=SIDE, follow_symlinks=True)
+    followed = predictor.predict(opened, cancel=threading.Event())
+    assert torch.equal(logits_of(followed, images), logits_of(model, images))
+    assert len(followed.report["skipped"]) == 1
 
 
 def test_seed_decides_everything(predictor: pudnet.Predictor) -> None:

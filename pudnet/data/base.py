@@ -19,12 +19,14 @@ class ImageSource(ABC):
     Batches are on the CPU and may share memory with the source or its cache: read them, do not write into them.
 
     Attributes:
+        size: side of the images.
         classes: class names, in label order.
         counts: images per class, in label order; None while they are not known (a folder before its first pass).
         skipped: (file, reason) of each file that was not read; filled while reading.
         warnings: what a user should know but that is no error; filled while reading.
     """
 
+    size: int
     classes: tuple[str, ...]
     counts: tuple[int, ...] | None
     skipped: tuple[tuple[str, str], ...] = ()

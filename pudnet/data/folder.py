@@ -38,6 +38,7 @@ class FolderSource(ImageSource):
         follow_symlinks: bool,
     ) -> None:
         self._preprocess = preprocess
+        self.size = preprocess.size
         self._root = root
         self._real_root = Path(os.path.realpath(root))
         self._follow = follow_symlinks
@@ -127,7 +128,7 @@ class FolderSource(ImageSource):
             files = self._class_files(self._root)
             if not files:
                 links = any("symlink" in reason for reason in self._reasons.values())
-                hint = "Symlinks that leave the folder are followed only with follow_symlinks=True." if links else ""
+                hint = "Symlinks out of it: open_images(folder, follow_symlinks=True)." if links else ""
                 rule = "a folder with one sub-folder of images per class"
                 raise InputError(message(WHERE, "source", rule, f"{str(self._root)!r} without any sub-folder", hint))
             return files

@@ -59,7 +59,8 @@ def open_images(
     - an array or tensor [n, H, W, C], [n, C, H, W] or grey [n, H, W], uint8 or float in 0..1, with ``labels`` [n];
     - a torch ``Dataset``, a ``DataLoader``, or any iterable of (image, label), single or in batches; images are Pillow
       images, arrays or tensors ([H, W, C] or [C, H, W]). It is read once, here; what exceeds ``cache_bytes`` goes to an
-      unnamed temporary file. A list of images of different sizes with ``labels`` is read the same way.
+      unnamed temporary file. A list of images of different sizes with ``labels`` is read the same way;
+    - what this function returned: so the options that only it has reach ``Predictor.predict`` and its like.
 
     Labels: with class names (``class_names``, folder names, a dataset's ``classes``) an integer label is a position in
     them. Without, the classes are the distinct labels in sorted order, named ``str(label)``. With ``classes`` given (a
@@ -87,6 +88,8 @@ def open_images(
     if batch_size < 1:
         raise InputError(message(WHERE, "batch_size", "at least 1", batch_size))
     names = None if classes is None else tuple(str(name) for name in classes)
+    if isinstance(source, ImageSource):
+        return _opened(source, labels, size, names)
     if isinstance(source, (str, os.PathLike)):
         if labels is not None:
             raise InputError(message(WHERE, "labels", "None for a path", "labels", "The path's content has them."))
@@ -115,6 +118,17 @@ def open_images(
     return StreamSource(items_of(source), class_names, names, preprocess, batch_size, cache_bytes)
 
 
+def _opened(source: ImageSource, labels: Any, size: int, classes: tuple[str, ...] | None) -> ImageSource:
+    """A source that was opened before, if it was opened as is asked for now."""
+    if labels is not None:
+        raise InputError(message(WHERE, "labels", "None for a source that has them", "labels"))
+    if source.size != size:
+        raise InputError(message(WHERE, "source", f"opened with size={size}", f"size={source.size}"))
+    if classes is not None and source.classes != classes:
+        raise InputError(message(WHERE, "source", f"opened with classes={list(classes)}", list(source.classes)))
+    return source
+
+
 class ArraySource(ImageSource):
     """Images of one array; those of the right size and kind are handed out without a copy."""
 
@@ -137,6 +151,7 @@ class ArraySource(ImageSource):
         if classes is None and known is None:
             self.warnings = check_counts(self.classes, self.counts)
         self._preprocess = preprocess
+        self.size = preprocess.size
         self._batch_size = batch_size
         if images.dtype not in (np.uint8, torch.uint8):  # checked to be float; bytes take a quarter of the memory
             parts = range(0, len(images), batch_size)
@@ -149,8 +164,7 @@ class ArraySource(ImageSource):
             yield self._preprocess.resize(channels_last(self._images[part], WHERE)).cpu(), self._labels[part]
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        size = self._preprocess.size
-        if tuple(self._images.shape[1:]) == (size, size, 3):
+        if tuple(self._images.shape[1:]) == (self.size, self.size, 3):
             return uint8_batch(self._images, WHERE).cpu(), self._labels
         return super().tensors()
 
@@ -169,7 +183,7 @@ class StreamSource(ImageSource):
     ) -> None:
         self._store = _Store(cache_bytes)
         found: list[Any] = []
-        size = preprocess.size
+        self.size = size = preprocess.size
         batch, filled = torch.empty(batch_size, size, size, 3, dtype=torch.uint8), 0
         for number, item in enumerate(items):
             images, labels = _item_batch(item, f"{WHERE}: item {number}", preprocess)

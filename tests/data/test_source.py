@@ -188,6 +188,17 @@ def test_symlinks(folder: Path, tmp_path: Path) -> None:
         open_images(only, size=8)
 
 
+def test_what_was_opened_is_taken_as_it_is(folder: Path) -> None:
+    source = open_images(folder, size=8)
+    assert open_images(source, size=8) is source and open_images(source, size=8, classes=source.classes) is source
+    with pytest.raises(InputError, match="size=9"):
+        open_images(source, size=9)
+    with pytest.raises(InputError, match="classes"):
+        open_images(source, size=8, classes=["ant", "bee"])
+    with pytest.raises(InputError, match="labels"):
+        open_images(source, [0], size=8)
+
+
 def test_images_in_deeper_folders(folder: Path) -> None:
     write(folder / "ant" / "2024" / "may" / "x.png")
     write(folder / "ant" / ".thumbs" / "x.png")
