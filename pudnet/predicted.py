@@ -22,7 +22,7 @@ from pudnet.data import ImageSource, Preprocess, open_images
 from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError, message, one_line
 from pudnet.features import feature_maps
 from pudnet.heads import Head, HeadFitter, head_from_config
-from pudnet.serving import Halves, is_out_of_memory
+from pudnet.serving import Halves, Token, is_out_of_memory
 from pudnet.sketch import Sketch
 from pudnet.stages import StageClock
 from pudnet.targets import build_target
@@ -159,7 +159,13 @@ class PredictedModel(hub.Shared, nn.Module):
 
     @torch.no_grad()
     def add(
-        self, images: Any, labels: Any = None, *, new_classes: Sequence[str] = (), split: str = "train"
+        self,
+        images: Any,
+        labels: Any = None,
+        *,
+        new_classes: Sequence[str] = (),
+        split: str = "train",
+        cancel: Token | None = None,
     ) -> PredictedModel:
         """A model that also knows these images, and more classes: the head is fitted anew, the network stays.
 
@@ -169,8 +175,10 @@ class PredictedModel(hub.Shared, nn.Module):
         Args:
             images, labels, split: in any form ``Predictor.predict`` takes; one class is enough.
             new_classes: names of classes that come behind those of this model.
+            cancel: as for ``Predictor.predict``.
 
         Raises:
+            Cancelled: ``cancel`` was set.
             InputError: the model was predicted without ``growable`` or with BatchNorm ``"batch"``; bad images; a class
                 that is neither the model's nor new, or a new one that is not new or has no images.
         """
@@ -184,7 +192,8 @@ class PredictedModel(hub.Shared, nn.Module):
         classes = (*self.classes, *new_classes)
         if len(set(classes)) < len(classes):
             raise InputError(message(where, "new_classes", "new and different from each other", list(new_classes)))
-        clock = StageClock(self._device)
+        clock = StageClock(self._device, cancel)
+        images = clock.watched(images, labels)
         source = open_images(images, labels, size=self.preprocess.size, split=split, classes=classes)
         fitter = copy.deepcopy(self.fitter).to(self._device)
         fitter.add_classes(len(new_classes))

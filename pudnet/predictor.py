@@ -29,7 +29,7 @@ from pudnet.heads import HeadFitter, check_head
 from pudnet.models.pudnet import PudNet
 from pudnet.optimised import OptimisedPudNet
 from pudnet.predicted import BATCH, Classification, PredictedModel, finish, load
-from pudnet.serving import Halves, Token, Watched, all_or_errors, attempt, in_threads
+from pudnet.serving import Halves, Token, all_or_errors, attempt, in_threads
 from pudnet.sketch import Sketch, SketchBuilder
 from pudnet.stages import STAGES, StageClock
 
@@ -116,6 +116,7 @@ class Predictor(hub.Shared):
 
     @property
     def device(self) -> torch.device:
+        """Where everything runs."""
         return self.net.temperature.device
 
     def to(self, device: str | torch.device) -> Predictor:
@@ -258,16 +259,22 @@ class Predictor(hub.Shared):
 
         Raises:
             CheckpointError: this predictor is of another checkpoint than the recorded one.
-            InputError: other images than the recorded ones, or a report without a record.
+            InputError: other images than the recorded ones, a report without a record, or a model made from shards.
             PudnetError: the model differs from the recorded one; the message lists what else does.
         """
-        record = report.get("provenance", report)
+        where, record = "Predictor.remake", report.get("provenance", report)
         steps = record.get("added", ())
         names = ("head", "batchnorm", "sketch_size", "seed", "split", "classes", "growable")
-        needed = {*names, "checkpoint", "sha256", "net_sha256", "sketch", "model_sha256"}
-        if not needed <= set(record) or len(steps) != len(added):
-            rule = f"of a model that was predicted by pudnet, and to which {len(added)} datasets were added"
-            raise InputError(message("Predictor.remake", "report", rule, f"{sorted(record)}, {len(steps)} added"))
+        missing = {*names, "checkpoint", "sha256", "net_sha256", "sketch", "model_sha256"} - set(record)
+        if missing:
+            rule = "of a model that Predictor.predict made"
+            raise InputError(message(where, "report", rule, f"one without {', '.join(sorted(missing))}"))
+        if record.get("shards", 1) > 1:
+            hint = "Call pudnet.shards.predict again in as many processes, and compare model_sha256."
+            raise InputError(message(where, "report", "of a model made in one process", record["shards"], hint))
+        if len(steps) != len(added):
+            rule = f"the {len(steps)} datasets that were added to the model, in order"
+            raise InputError(message(where, "added", rule, len(added)))
         provenance.require_net(record, self._net_sha256)
         model = self.predict(images, labels, sketch=sketch, **{name: record[name] for name in names})
         provenance.require_sketch(record, model.report["provenance"])
@@ -417,9 +424,7 @@ class Predictor(hub.Shared):
         """Open a dataset and draw its sketch."""
         clock = StageClock(self.device, cancel)
         with clock.stage("reading"):
-            whole = (str, os.PathLike, np.ndarray, Tensor, ImageSource)  # not read item by item in `open_images`
-            if cancel is not None and labels is None and not isinstance(images, whole):
-                images = Watched(images, clock.check)
+            images = clock.watched(images, labels)
             source = open_images(images, labels, size=self.net.config.image_size, split=split, classes=classes)
         builder = SketchBuilder(size, seed=seed)
         for batch, batch_labels in clock.iterate("reading", source):

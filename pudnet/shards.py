@@ -67,6 +67,7 @@ def predict(
     clock = StageClock(predictor.device, cancel)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     with clock.stage("reading"):
+        images = clock.watched(images, labels)
         source = open_images(images, labels, size=predictor.net.config.image_size, split=split, classes=classes)
     with clock.stage("sketch"):
         sketch = reduce_sketch(draw_sketch(source, sketch_size, seed=seed, stream=rank))

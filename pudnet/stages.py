@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
-from pudnet.serving import Token, check
+from pudnet.data import ImageSource
+from pudnet.serving import Token, Watched, check
 
 T = TypeVar("T")
 
@@ -53,6 +56,13 @@ class StageClock:
                 except StopIteration:
                     return
             yield item
+
+    def watched(self, images: Any, labels: Any) -> Any:
+        """``images`` for ``open_images``; where it reads items one by one, ``cancel`` is looked at before each."""
+        at_once = (str, os.PathLike, np.ndarray, torch.Tensor, ImageSource)
+        if self._cancel is None or labels is not None or isinstance(images, at_once):
+            return images
+        return Watched(images, self.check)
 
     def check(self) -> None:
         """Raise Cancelled where that was asked for."""

@@ -61,7 +61,7 @@ ALLOWED = {
     "optimised": MODELS,
     "interop": MODELS,
     "serving": {"data", "errors"},
-    "stages": {"serving"},
+    "stages": {"serving", "data"},
     "predicted": {
         *("batchnorm", "checkpoint", "data", "errors", "export", "features", "heads"),
         *("hub", "provenance", "serving", "sketch", "stages", "targets"),

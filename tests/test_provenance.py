@@ -105,7 +105,7 @@ def test_a_model_with_its_own_sketch_and_added_images_is_made_again(predictor: p
     assert_equal(again, model)
     with pytest.raises(InputError, match="those of the record"):
         predictor.remake(model.report, images, labels, added=[more, last])
-    with pytest.raises(InputError, match="1 datasets were added"):
+    with pytest.raises(InputError, match="the 2 datasets that were added"):
         predictor.remake(model.report, images, labels, sketch=sketch, added=[more])
 
 
@@ -126,8 +126,10 @@ def test_what_is_not_the_same_is_refused(predictor: pudnet.Predictor) -> None:
     older["provenance"] |= {"torch": "1.0", "model_sha256": "0"}
     with pytest.raises(PudnetError, match=r"torch was '1\.0' and is"):
         predictor.remake(older, images, labels)
-    with pytest.raises(InputError, match="was predicted by pudnet"):
+    with pytest.raises(InputError, match="without batchnorm"):
         predictor.remake({}, images, labels)
+    with pytest.raises(InputError, match="made in one process"):
+        predictor.remake({**report["provenance"], "shards": 3}, images, labels)
 
 
 def test_copies_and_state_dicts_hold_the_whole_model(predictor: pudnet.Predictor) -> None:

@@ -92,6 +92,13 @@ def test_cancelled_in_the_middle_of_a_stream(predictor: pudnet.Predictor) -> Non
         predictor.predict_batch(GOOD, cancel=Countdown(20))
 
 
+def test_adding_is_cancelled(predictor: pudnet.Predictor) -> None:
+    model = predictor.predict(*GOOD[0], growable=True)
+    with pytest.raises(pudnet.Cancelled):
+        model.add(Endless(GOOD[1], 0.0), cancel=Countdown(20))
+    assert same(model.add(*GOOD[1], cancel=threading.Event()), model.add(*GOOD[1]), 0.0)
+
+
 def test_many_are_cancelled_together(predictor: pudnet.Predictor) -> None:
     token, ready = threading.Event(), []
 

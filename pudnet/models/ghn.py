@@ -138,6 +138,7 @@ class GHN(hub.Shared, nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the parameters are."""
         return self.decoder.class_bias.device
 
     def prepare(self, graphs: Sequence[ArchGraph]) -> Prepared:
