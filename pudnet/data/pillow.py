@@ -29,15 +29,17 @@ def rgb_array(image: Image) -> Array:
 
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # it would copy an upright image
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # "I" is 32-bit, in practice a 16-bit file
-        grey: Array = (np.asarray(image) >> 8).clip(0, 255).astype(np.uint8)[..., None]
-        return grey
-    if image.mode == "F":
-        values = np.asarray(image)
-        if not np.isfinite(values).all():
-            raise ValueError("float pixels that are NaN or infinite")
-        scaled: Array = values * 255 if values.max() <= 1 else values
-        grey = scaled.round().clip(0, 255).astype(np.uint8)[..., None]
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.array(image)  # changed in place: large images take much memory as it is
+        if image.mode == "F":
+            if not np.isfinite(values).all():
+                raise ValueError("float pixels that are NaN or infinite")
+            if values.max() <= 1:
+                values *= 255
+            np.rint(values, out=values)
+        else:  # "I" is 32-bit, in practice a 16-bit file
+            values >>= 8
+        grey: Array = values.clip(0, 255, out=values).astype(np.uint8)[..., None]
         return grey
     if image.mode in ("1", "L") and "transparency" not in image.info:
         return np.array(image.convert("L"))[..., None]

@@ -28,7 +28,7 @@ from pudnet.training import Trainer, TrainingConfig
 from stress import Figures, part
 
 MIB_LIMIT = 600  # more than the process held before; the largest header that is read takes most of it
-SECONDS_LIMIT = 20  # of one case: a crowded machine, and the largest header that is read
+SECONDS_LIMIT = 10  # of the processor, for one case
 MESSAGE_LIMIT = 2000  # characters of an error
 
 NUMBERS = (0, -1, 1, 2, 7, 2**31, 2**63 - 1, 2**63, 2**64, 10**400, 1.5, 1e308, float("nan"), float("inf"))
@@ -51,7 +51,7 @@ JSON_VALUES: tuple[Any, ...] = (*NUMBERS, *NAMES, None, True, [], {}, [[]], {"":
 @part("checkpoints", "damaged or hostile checkpoints, sketches and training states", full=10_000, quick=150)
 def run(count: int, seed: int) -> Figures:
     """Each case damages one of six kinds of files in one of eight ways."""
-    failures, outcomes, slowest, longest = [], Counter(), 0.0, 0
+    failures, outcomes, slowest, longest = [], Counter(), (0.0, ""), 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         kinds = good_files(folder)
@@ -62,7 +62,7 @@ def run(count: int, seed: int) -> Figures:
             good, load = kinds[kind]
             path = folder / "case.safetensors"
             path.write_bytes(way(good, rng))
-            begin = time.monotonic()
+            begin = time.process_time()
             try:
                 load(path)
                 outcomes["loaded"] += 1
@@ -73,19 +73,20 @@ def run(count: int, seed: int) -> Figures:
                 raise
             except BaseException as error:  # a panic of Rust is no Exception
                 failures.append(f"case {case} ({kind}, {way.__name__}): {type(error).__name__}: {error}"[:300])
-            slowest = max(slowest, time.monotonic() - begin)
+            slowest = max(slowest, (time.process_time() - begin, f"case {case} ({kind}, {way.__name__})"))
         grown = _peak() - start
     if grown > MIB_LIMIT:
         failures.append(f"memory grew by {grown} MiB, more than {MIB_LIMIT}")
-    if slowest > SECONDS_LIMIT:
-        failures.append(f"a case took {slowest:.1f} s")
+    if slowest[0] > SECONDS_LIMIT:
+        failures.append(f"{slowest[1]} took {slowest[0]:.1f} s")
     if longest > MESSAGE_LIMIT:
         failures.append(f"an error of {longest} characters")
     return {
         "failures": failures,
         "outcomes": dict(sorted(outcomes.items())),
         "mib_grown_at_most": grown,
-        "slowest_case_seconds": round(slowest, 2),
+        "slowest_case_cpu_seconds": round(slowest[0], 2),
+        "slowest_case": slowest[1],
         "longest_error_characters": longest,
     }
 

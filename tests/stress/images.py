@@ -25,7 +25,7 @@ from stress import Figures, part
 
 # More than before: an image of 89 million pixels, Pillow's limit, is read (4 bytes each, in Pillow, as bytes and as an
 # array), two at a time where a folder is read with two threads; a larger one is refused before it is decoded.
-MIB_LIMIT = 2200
+MIB_LIMIT = 3000
 MANY = 20_000  # files of one folder
 FORMATS = {
     "PNG": ("L", "RGB", "RGBA", "P", "1", "I;16", "LA"),
