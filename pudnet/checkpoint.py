@@ -22,6 +22,11 @@ OWN_PREFIX = "pudnet."  # of tensors that are not the network's own, in the file
 HEADER_KEY = "pudnet"
 PRETRAINED = Path(__file__).parent / "pretrained"
 HUB_FILE = "predictor.safetensors"
+READERS = {  # kind -> what reads it
+    "predictor": "pudnet.Predictor.from_pretrained",
+    "ghn": "pudnet.GHN.from_pretrained",
+    "model": "pudnet.load",
+}
 
 
 def save(path: str | os.PathLike[str], kind: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -59,7 +64,9 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[
             raise CheckpointError(message(where, "format", f"from {min(MIGRATIONS)} to {FORMAT_VERSION}", got, hint))
         if header.get("kind") != kind:
             got = f"a {header.get('kind')!r} file, {str(path)!r}"
-            raise CheckpointError(message(where, "path", f"a {kind!r} file", got))
+            reader = READERS.get(str(header.get("kind")))
+            hint = f"Read it with {reader}." if reader else ""
+            raise CheckpointError(message(where, "path", f"a {kind!r} file", got, hint))
         config, found = header["config"], tensors()
         for version in range(written, FORMAT_VERSION):
             config, found = MIGRATIONS[version](kind, config, found)
@@ -140,7 +147,7 @@ def _like(tensor: Tensor) -> Tensor:
 
 
 def list_pretrained() -> list[str]:
-    """Names of the bundled hypernetworks, for ``from_pretrained``."""
+    """Names of the bundled hypernetworks, for ``from_pretrained`` of ``Predictor`` and ``GHN`` (those with ``ghn``)."""
     return sorted(path.stem for path in PRETRAINED.glob("*.safetensors"))
 
 

@@ -256,19 +256,26 @@ class PredictedModel(hub.Shared, nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, name: str | os.PathLike[str], *, target: nn.Module | None = None, **options: Unpack[HubOptions]
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        target: nn.Module | None = None,
+        device: str | torch.device | None = None,
+        **options: Unpack[HubOptions],
     ) -> PredictedModel:
         """Read a model: a file, a folder with ``model.safetensors``, or a repository of the Hugging Face Hub.
 
         Args:
             target: see ``pudnet.load``.
+            device: where it goes; None for the CPU.
             options: of huggingface_hub, for a repository: revision, cache_dir, local_files_only, force_download, token.
 
         Raises:
             InputError: there is no such file or repository.
             CheckpointError: the file is damaged, of another version or kind, or does not fit ``target``.
         """
-        return load(checkpoint.find(name, "PredictedModel.from_pretrained", cls.hub_file, **options), target)
+        model = load(checkpoint.find(name, "PredictedModel.from_pretrained", cls.hub_file, **options), target)
+        return model if device is None else model.to(device)
 
     def card_parts(self, name: str) -> dict[str, Any]:
         """See ``pudnet.hub.Shared``."""

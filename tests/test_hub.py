@@ -88,6 +88,13 @@ def test_a_folder_holds_everything(name: str, tmp_path: Path) -> None:
         assert_same(getattr(pudnet, name).from_pretrained(path), shared)
 
 
+@pytest.mark.parametrize("name", ["PudNet", "GHN", "PredictedModel"])
+def test_the_device_is_the_wanted_one(name: str, tmp_path: Path) -> None:
+    MAKERS[name][0]().save(tmp_path / MAKERS[name][1])
+    moved = getattr(pudnet, name).from_pretrained(tmp_path, device="meta")
+    assert {parameter.device.type for parameter in moved.parameters()} == {"meta"}
+
+
 @EVERY
 def test_the_cache_is_enough_without_network(name: str, tmp_path: Path, offline: None) -> None:
     shared = MAKERS[name][0]()

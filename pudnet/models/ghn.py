@@ -331,6 +331,7 @@ class GHN(hub.Shared, nn.Module):
         """Load a trained GHN: an existing file or folder, a bundled name, or a Hub id, in this order.
 
         Args:
+            device: where it goes; None for the CPU.
             options: of huggingface_hub, for a repository: revision, cache_dir, local_files_only, force_download, token.
 
         Raises:

@@ -271,18 +271,25 @@ class PudNet(hub.Shared, nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, name: str | os.PathLike[str], *, target: nn.Module | None = None, **options: Unpack[HubOptions]
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        target: nn.Module | None = None,
+        device: str | torch.device | None = None,
+        **options: Unpack[HubOptions],
     ) -> PudNet:
         """Load a trained hypernetwork: a file or folder, a bundled name, or a Hub id, in this order.
 
         Args:
             target: see ``load``.
+            device: where it goes; None for the CPU.
             options: of huggingface_hub, for a repository: revision, cache_dir, local_files_only, force_download, token.
 
         Raises:
             InputError: there is no such file, name or repository. CheckpointError: it is not a PudNet that fits.
         """
-        return cls.load(checkpoint.find(name, "PudNet.from_pretrained", **options), target=target)
+        net = cls.load(checkpoint.find(name, "PudNet.from_pretrained", **options), target=target)
+        return net if device is None else net.to(device)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, target: nn.Module | None = None) -> PudNet:
