@@ -228,11 +228,17 @@ class _Store:
             self._batches.append(batch)
             return
         self._left = 0
-        if self._file is None:
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the store
-            weakref.finalize(self, self._file.close)
-        offset = self._file.seek(0, os.SEEK_END)
-        self._file.write(batch.contiguous().numpy())
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - lives as long as the store
+                weakref.finalize(self, self._file.close)
+            offset = self._file.seek(0, os.SEEK_END)
+            rest = batch.contiguous().numpy().reshape(-1).data
+            while len(rest):
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            rule = "one whose images fit into memory and the folder for temporary files"
+            raise InputError(message(WHERE, "source", rule, error.strerror, "Set TMPDIR, or free space.")) from error
         self._batches.append((offset, tuple(batch.shape)))
 
     def __iter__(self) -> Iterator[Tensor]:

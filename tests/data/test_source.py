@@ -613,6 +613,14 @@ class Stream(IterableDataset):
             yield torch.from_numpy(noise(1, 8, 8, seed=index)), "odd" if index % 2 else "even"
 
 
+def test_a_full_folder_for_temporary_files_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = lambda buffering: open("/dev/full", "r+b", buffering=buffering)  # noqa: E731, SIM115
+    monkeypatch.setattr("pudnet.data.source.tempfile.TemporaryFile", full)
+    items = [(np.zeros((8, 8, 3), np.uint8), label % 2) for label in range(6)]
+    with pytest.raises(InputError, match="TMPDIR"):
+        open_images(items, size=8, batch_size=2, cache_bytes=0)
+
+
 @pytest.mark.parametrize("kind", ["pillow", "array", "chw"])
 @pytest.mark.parametrize("cache_bytes", [0, 600, 2**20])
 def test_dataset_is_read_once(kind: str, cache_bytes: int) -> None:
