@@ -209,6 +209,7 @@ class Runner:
             "seconds": round(seconds, 4),
             "nodes": len(network.graph.nodes),
             "parameters": network.graph.num_parameters,
+            "batch_norm": any(node.primitive == "bn" for node in network.graph.nodes),
         }
 
     def _key(self, split: str, number: int, method: str) -> str:

@@ -19,8 +19,14 @@ TITLES = {
     **{method: f"SGD, {epochs} epoch{'s' * (epochs > 1)}" for method, epochs in EPOCHS.items()},
 }
 COLOURS = dict(zip(METHODS, ("blue", "cyan", "green", "grey", "orange", "red"), strict=True))
-# Differences worth stating, network by network.
-DIFFERENCES = (("ghn2", "ghn1"), ("ghn1", "mlp"), ("ghn2", "mlp"), ("ghn2", UNTRAINED), ("ghn2", "sgd-1"))
+# Differences worth stating, network by network: (plus, minus, of networks with BatchNorm alone).
+DIFFERENCES = (
+    ("ghn2", "ghn1", False),
+    ("ghn1", "mlp", False),
+    ("ghn2", "mlp", False),
+    ("ghn2", UNTRAINED, False),
+    *(("ghn2", method, norm) for method in EPOCHS for norm in (False, True)),
+)
 
 
 def markdown(document: Mapping[str, Any], picture: str) -> list[str]:
@@ -147,18 +153,19 @@ def _cell(tops: Sequence[float]) -> str:
 
 def _differences(found: Found) -> list[str]:
     rows = []
-    for plus, minus in DIFFERENCES:
+    for plus, minus, norm in DIFFERENCES:
         cells = []
         for of in found.values():
             first, second = of.get(plus, {}), of.get(minus, {})
-            both = sorted(set(first) & set(second))
+            both = [n for n in sorted(set(first) & set(second)) if first[n]["batch_norm"] or not norm]
             if not both:
                 cells.append("")
                 continue
             mean, error = mean_and_error([100 * (first[n]["top1"] - second[n]["top1"]) for n in both])
             cells.append(f"{mean:+.1f}" + (f" ± {error:.1f}" if error is not None else "") + f" ({len(both)})")
         if any(cells):
-            rows.append([f"{TITLES[plus]} minus {TITLES[minus]}", *cells])
+            where = ", networks with BatchNorm" if norm else ""
+            rows.append([f"{TITLES[plus]} minus {TITLES[minus]}{where}", *cells])
     if not rows:
         return []
     title = "Difference in points, network by network, mean ± standard error (number of networks):"
