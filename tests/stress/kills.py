@@ -43,13 +43,16 @@ def training(count: int, seed: int) -> Figures:
         while kills < count:
             place = folder / f"run{runs}"
             place.mkdir()
-            ended = None
+            ended, begun = None, 0
             while ended != DONE and not failures:
+                begun += 1
                 os.chdir(place)
-                child = start(lambda: _train(folder), place / "output")
+                child, begin = start(lambda: _train(folder), place / "output"), time.monotonic()
                 os.chdir(home)
                 ended = kill_after(child, rng.uniform(0, 1.2 * seconds)) if kills < count else wait(child)
                 kills += ended < 0
+                if ended == DONE and begun == 1:  # the machine may be less busy than it was
+                    seconds = min(seconds, time.monotonic() - begin)
                 wrong, lost, left = _looked_over(place, ended)
                 failures += wrong
                 most_lost, most_left = max(most_lost, lost), max(most_left, left)
@@ -66,7 +69,7 @@ def training(count: int, seed: int) -> Figures:
         "steps_of_a_run": STEPS,
         "steps_lost_at_most": most_lost,
         "temporary_files_at_most": most_left,
-        "seconds_of_an_undisturbed_run": round(seconds, 2),
+        "seconds_of_the_shortest_run": round(seconds, 2),
     }
 
 

@@ -58,8 +58,13 @@ def wait(child: int) -> int:
 
 
 def kill_after(child: int, seconds: float) -> int:
-    """Kill the process after so long, unless it ended before; returns how it ended."""
-    time.sleep(seconds)
+    """Kill the process after so long, unless it ends before; returns how it ended."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(min(0.01, seconds))
     os.kill(child, signal.SIGKILL)  # it is not waited for yet, so its id is still its own
     return wait(child)
 
