@@ -124,11 +124,13 @@ def test_generate_weights_takes_any_strides() -> None:
 
 
 def test_a_dataset_does_not_depend_on_its_batch() -> None:
+    # To the bit on a GPU; the interpreter multiplies with NumPy, where the order of a sum depends on the shapes.
+    tolerance = 0.0 if torch.device(DEVICE).type == "cuda" else 2e-6
     tensors = [x.to(DEVICE) for x in generator_arguments(MIXED, 5, 16, 8)]
-    together = generate(*tensors, shapes=MIXED)
-    assert torch.equal(generate(tensors[0][3:4], *tensors[1:], shapes=MIXED), together[3:4])
+    together, alone = generate(*tensors, shapes=MIXED), generate(tensors[0][3:4], *tensors[1:], shapes=MIXED)
+    torch.testing.assert_close(alone, together[3:4], rtol=0.0, atol=tolerance)
     tensors = [x.to(DEVICE) for x in recurrence_arguments(3, 4, 16)]
-    assert torch.equal(walk(tensors[0][2:], *tensors[1:]), walk(*tensors)[2:])
+    torch.testing.assert_close(walk(tensors[0][2:], *tensors[1:]), walk(*tensors)[2:], rtol=0.0, atol=tolerance)
 
 
 @pytest.mark.parametrize(
