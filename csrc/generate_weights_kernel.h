@@ -64,26 +64,27 @@ inline void load_features(const std::uint16_t* tile, std::int64_t k, Floats* wei
   weights[1] = reinterpret_cast<Floats>(pair & 0xffff0000u);
 }
 
-// N kernel positions of a tile, from position `s` on: sums[n][part] = bias + sum over k of weight[k] * feature[k][s + n].
-template <int N, typename Weight>
+// N kernel positions of a tile: bias + sum over k of weight[k] * feature[k][n], handed out as put(n, part, sums). An
+// array of sums in its place would go through memory between the last product and the store.
+template <int N, typename Weight, typename Store>
 inline __attribute__((always_inline)) void block(const Weight* tile, const Weight* bias, const float* feature,
-                                                 std::int64_t features, std::int64_t spatial, Floats (*sums)[kParts]) {
+                                                 std::int64_t features, std::int64_t spatial, Store put) {
   constexpr int kStep = sizeof(Weight) == 2 ? 2 : 1;  // features of one load
-  Floats local[N][kParts];                            // not `sums` itself: these stay in registers
+  Floats sums[N][kParts];
   for (int n = 0; n < N; ++n) {
-    for (int part = 0; part < kParts; ++part) local[n][part] = load(bias + part * kLanes);
+    for (int part = 0; part < kParts; ++part) sums[n][part] = load(bias + part * kLanes);
   }
   for (std::int64_t k = 0; k < features; k += kStep) {
     Floats weights[kParts][kStep];
     for (int part = 0; part < kParts; ++part) load_features(tile + part * kLanes * kStep, k, weights[part]);
     for (int j = 0; j < kStep && k + j < features; ++j) {
       for (int n = 0; n < N; ++n) {
-        for (int part = 0; part < kParts; ++part) local[n][part] += weights[part][j] * feature[(k + j) * spatial + n];
+        for (int part = 0; part < kParts; ++part) sums[n][part] += weights[part][j] * feature[(k + j) * spatial + n];
       }
     }
   }
   for (int n = 0; n < N; ++n) {
-    for (int part = 0; part < kParts; ++part) sums[n][part] = local[n][part];
+    for (int part = 0; part < kParts; ++part) put(n, part, sums[n][part]);
   }
 }
 
@@ -99,54 +100,58 @@ struct Target {
 };
 
 template <Put kPut, int N, typename Weight, typename Out>
-inline void tile_block(const Weight* tile, const Weight* bias, const float* feature, std::int64_t features,
-                       const Target<Out> target, std::int64_t s) {
-  Floats sums[N][kParts];
-  if (features == 16 && target.spatial == 9) {  // the usual case, with constant sizes
-    block<N>(tile, bias, feature + s, 16, 9, sums);
-  } else {
-    block<N>(tile, bias, feature + s, features, target.spatial, sums);
-  }
+inline __attribute__((always_inline)) void tile_block(const Weight* tile, const Weight* bias, const float* feature,
+                                                      std::int64_t features, std::int64_t spatial,
+                                                      const Target<Out>& target, std::int64_t s) {
   if (kPut != Put::kScatter) {
     Out* to = target.to + s * target.inputs;
-    for (int n = 0; n < N; ++n, to += target.inputs) {
-      for (int part = 0; part < kParts; ++part) {
-        if (kPut == Put::kStream) {
-          stream(to + part * kLanes, sums[n][part]);
-        } else {
-          store(to + part * kLanes, sums[n][part]);
-        }
-      }
-    }
+    const std::int64_t inputs = target.inputs;
+    const auto put = [=](int n, int part, Floats sums) __attribute__((always_inline)) {
+      Out* at = to + n * inputs + part * kLanes;
+      kPut == Put::kStream ? stream(at, sums) : store(at, sums);
+    };
+    block<N>(tile, bias, feature + s, features, spatial, put);
     return;
   }
   Out values[N][kTileRows];
-  for (int n = 0; n < N; ++n) {
-    for (int part = 0; part < kParts; ++part) store(values[n] + part * kLanes, sums[n][part]);
-  }
+  const auto put = [&](int n, int part, Floats sums) __attribute__((always_inline)) {
+    store(values[n] + part * kLanes, sums);
+  };
+  block<N>(tile, bias, feature + s, features, spatial, put);
   for (int j = 0; j < target.count; ++j) {
     const std::int64_t row = target.first_row + j, o = row / target.inputs, i = row % target.inputs;
-    Out* to = target.layer + (o * target.spatial + s) * target.inputs + i;
+    Out* to = target.layer + (o * spatial + s) * target.inputs + i;
     for (int n = 0; n < N; ++n) to[n * target.inputs] = values[n][j];
   }
 }
 
 template <Put kPut, typename Weight, typename Out>
-inline void tile_weights(const Weight* tile, const Weight* bias, const float* feature, std::int64_t features,
-                         const Target<Out> target) {
+inline __attribute__((always_inline)) void all_positions(const Weight* tile, const Weight* bias, const float* feature,
+                                                         std::int64_t features, std::int64_t spatial,
+                                                         const Target<Out>& target) {
   std::int64_t s = 0;
-  for (; s + kBlock <= target.spatial; s += kBlock) {
-    tile_block<kPut, kBlock>(tile, bias, feature, features, target, s);
+  for (; s + kBlock <= spatial; s += kBlock) {
+    tile_block<kPut, kBlock>(tile, bias, feature, features, spatial, target, s);
   }
-#define PUDNET_REST(N)                                                                          \
-  case N:                                                                                       \
-    if constexpr (N < kBlock) tile_block<kPut, N>(tile, bias, feature, features, target, s); \
+#define PUDNET_REST(N)                                                                                \
+  case N:                                                                                             \
+    if constexpr (N < kBlock) tile_block<kPut, N>(tile, bias, feature, features, spatial, target, s); \
     break;
-  switch (target.spatial - s) {
+  switch (spatial - s) {
     PUDNET_REST(1) PUDNET_REST(2) PUDNET_REST(3) PUDNET_REST(4) PUDNET_REST(5) PUDNET_REST(6) PUDNET_REST(7)
     PUDNET_REST(8)
   }
 #undef PUDNET_REST
+}
+
+template <Put kPut, typename Weight, typename Out>
+inline void tile_weights(const Weight* tile, const Weight* bias, const float* feature, std::int64_t features,
+                         const Target<Out> target) {
+  if (features == 16 && target.spatial == 9) {  // the usual case, with constant sizes
+    all_positions<kPut>(tile, bias, feature, 16, 9, target);
+  } else {
+    all_positions<kPut>(tile, bias, feature, features, target.spatial, target);
+  }
 }
 
 // A few neighbouring tiles of one layer, for every dataset: the weights are read from memory once and stay in the cache.
