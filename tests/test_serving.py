@@ -100,7 +100,7 @@ def test_adding_is_cancelled(predictor: pudnet.Predictor) -> None:
 
 
 def test_many_are_cancelled_together(predictor: pudnet.Predictor) -> None:
-    token, ready = threading.Event(), []
+    token, ready, threads = threading.Event(), [], threading.active_count()
 
     def first_is_ready(number: int, result: object) -> None:
         ready.append(number)
@@ -108,7 +108,7 @@ def test_many_are_cancelled_together(predictor: pudnet.Predictor) -> None:
 
     with pytest.raises(pudnet.Cancelled):
         predictor.predict_many([GOOD[0], *[Endless(GOOD[1], 0.005)] * 3], cancel=token, on_result=first_is_ready)
-    assert ready == [0] and threading.active_count() == 1
+    assert ready == [0] and threading.active_count() <= threads
 
 
 def test_out_of_time_is_an_error_of_one(predictor: pudnet.Predictor) -> None:
@@ -133,6 +133,7 @@ def test_interrupt_ends_it_and_leaves_nothing(
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.chdir(tmp_path)
+    threads = threading.active_count()
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background jobs
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -141,7 +142,7 @@ def test_interrupt_ends_it_and_leaves_nothing(
             predictor.predict_many([Interrupted(GOOD[0], 0.001), *[Endless(GOOD[1], 0.005)] * 3])
     finally:
         signal.signal(signal.SIGINT, before)
-    assert threading.active_count() == 1 and list(tmp_path.iterdir()) == []
+    assert threading.active_count() <= threads and list(tmp_path.iterdir()) == []
 
 
 def test_tokens() -> None:
