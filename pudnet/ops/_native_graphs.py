@@ -24,43 +24,31 @@ def why_not_graph_recurrence(states: Tensor, edges: Tensor, level_sizes: list[in
     return reasons
 
 
+# The parameters of ``graph_recurrence`` in the order of its schema.
+PARAMETERS = (
+    "message_in_weight",
+    "message_in_bias",
+    "message_out_weight",
+    "message_out_bias",
+    "weight_ih",
+    "weight_hh",
+    "bias_ih",
+    "bias_hh",
+)
+
+
 @torch.library.impl("pudnet::graph_recurrence_native", "cpu")
-def graph_recurrence(
-    states: Tensor,
-    edges: Tensor,
-    level_sizes: list[int],
-    message_in_weight: Tensor,
-    message_in_bias: Tensor,
-    message_out_weight: Tensor,
-    message_out_bias: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor,
-    bias_hh: Tensor,
-) -> Tensor:
+def graph_recurrence(states: Tensor, edges: Tensor, level_sizes: list[int], *parameters: Tensor) -> Tensor:
     """The op, node by node in order: ``[N, D]``.
 
     ``PUDNET_INSTRUCTION_SET`` (``avx512``, ``avx2`` or ``portable``) overrides the choice of vector code.
     """
-    tensors = (
-        states, edges, message_in_weight, message_in_bias, message_out_weight, message_out_bias,
-        weight_ih, weight_hh, bias_ih, bias_hh,
-    )  # fmt: skip
-    check_graph(states, edges, level_sizes, *tensors[2:])
-    require_together("graph_recurrence", tensors, torch.float32)
+    check_graph(states, edges, level_sizes, *parameters)
+    require_together("graph_recurrence", (states, edges, *parameters), torch.float32)
     updated = states.clone(memory_format=torch.contiguous_format)
-    dense = {
-        "edges": edges.contiguous(),
-        "message_in_weight": message_in_weight.contiguous(),
-        "message_in_bias": message_in_bias.contiguous(),
-        "message_out_weight": message_out_weight.contiguous(),
-        "message_out_bias": message_out_bias.contiguous(),
-        "weight_ih": weight_ih.contiguous(),
-        "weight_hh": weight_hh.contiguous(),
-        "bias_ih": bias_ih.contiguous(),
-        "bias_hh": bias_hh.contiguous(),
-    }
-    kinds, hidden, width = message_in_weight.shape
+    named = zip(("edges", *PARAMETERS), (edges, *parameters), strict=True)
+    dense = {name: tensor.contiguous() for name, tensor in named}
+    kinds, hidden, width = parameters[0].shape
     try:
         _extension.load().graph_recurrence_cpu(
             **{name: tensor.data_ptr() for name, tensor in dense.items()},
