@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pudnet.data import families
 from pudnet.data.preprocess import Preprocess
 from pudnet.errors import InputError, message
 
@@ -70,8 +71,12 @@ def sample_episode(
     crop: int = 0,
     flip: bool = False,
     colour: float = 0.0,
+    transform: float = 0.0,
 ) -> Episode:
     """Draw ``classes`` classes and ``support + query`` different images of each; augment and normalise them.
+
+    With a chance of ``transform`` all of them undergo the same changes (``families.transform``), with one of ``colour``
+    the same colour map.
 
     Raises:
         InputError: the pool has too few classes, or a class too few images.
@@ -90,7 +95,10 @@ def sample_episode(
     table = np.stack(drawn)  # [K, support + query]
     index = np.concatenate([table[:, :support].ravel(), table[:, support:].ravel()])
     labels = np.concatenate([np.repeat(np.arange(classes), support), np.repeat(np.arange(classes), query)])
-    images = augmented(pool.images[torch.from_numpy(index)], rng, preprocess, crop=crop, flip=flip, colour=colour)
+    picked = pool.images[torch.from_numpy(index)]
+    if transform and rng.random() < transform:  # without it, the draws are those there were before it existed
+        picked = families.transform(picked, rng)
+    images = augmented(picked, rng, preprocess, crop=crop, flip=flip, colour=colour)
     return Episode(images, torch.from_numpy(labels), torch.from_numpy(chosen), classes * support)
 
 

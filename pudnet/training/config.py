@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from pudnet.data import families
 from pudnet.errors import InputError, message
 
 T = TypeVar("T")
@@ -18,17 +19,23 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class DataSource:
-    """One kind of images to draw datasets from; several files of disjoint classes are joined.
+    """One kind of images to draw datasets from: files, those of disjoint classes joined, or a made-up family.
 
     Attributes:
-        paths: folders or ``.npz`` files.
+        paths: folders or ``.npz`` files; empty for a family.
         held_out: class names that are never trained on; the unseen-class accuracy is measured on them.
         weight: how often a dataset is drawn from this source, relative to the others.
+        family: one of ``pudnet.data.families.NAMES``; empty for files.
+        classes, images, seed: of a family: how many classes, images of each, and the seed of both.
     """
 
-    paths: tuple[str, ...]
+    paths: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()
     weight: float = 1.0
+    family: str = ""
+    classes: int = 100
+    images: int = 100
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,11 +53,17 @@ class Episodes:
 
 @dataclass(frozen=True)
 class Augment:
-    """``crop`` pixels of random shift, ``flip`` left to right, ``colour``: chance of a dataset-wide colour map."""
+    """``crop`` pixels of random shift, ``flip`` left to right, and what is done to a dataset as a whole.
+
+    Attributes:
+        colour: chance of a colour map.
+        transform: chance of the changes of ``pudnet.data.families.transform``; PudNet only.
+    """
 
     crop: int = 4
     flip: bool = True
     colour: float = 0.3
+    transform: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -190,6 +203,7 @@ class Settings:
         return {
             "seed": self.seed,
             "augment.crop": self.augment.crop,
+            "augment.transform": self.augment.transform,
             "optimiser.warmup": self.optimiser.warmup,
             "optimiser.decay": self.optimiser.decay,
             "optimiser.weight_decay": self.optimiser.weight_decay,
@@ -249,9 +263,22 @@ class TrainingConfig(Settings):
         if self.episodes.classes < 2:
             raise InputError(message(where, "episodes.classes", "at least 2", self.episodes.classes))
         for source in self.data:
-            if not source.paths or not all(isinstance(path, str) for path in source.paths):
-                rule = "a list of at least one folder or .npz file"
-                raise InputError(message(where, "data.paths", rule, list(source.paths)))
+            _check_source(source, where)
+
+
+def _check_source(source: DataSource, where: str) -> None:
+    if not source.family and not (source.paths and all(isinstance(path, str) for path in source.paths)):
+        rule = "a list of at least one folder or .npz file, where there is no family"
+        raise InputError(message(where, "data.paths", rule, list(source.paths)))
+    if not source.family:
+        return
+    if source.paths:
+        raise InputError(message(where, "data.paths", "left out beside a family", list(source.paths)))
+    if source.family not in families.NAMES:
+        raise InputError(message(where, "data.family", f"one of {list(families.NAMES)}", repr(source.family)))
+    for name, value, least in (("classes", source.classes, 2), ("images", source.images, 1), ("seed", source.seed, 0)):
+        if value < least:
+            raise InputError(message(where, f"data.{name}", f"at least {least}", value))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,6 +310,8 @@ class GHNTrainingConfig(Settings):
     def _check(self) -> None:
         super()._check()
         where = type(self).__name__
+        if self.augment.transform:
+            raise InputError(message(where, "augment.transform", "0: there is one dataset", self.augment.transform))
         if "num_classes" in self.model:
             raise InputError(message(where, "model", "without num_classes", "one", "The images have the classes."))
         if self.images.batch < 2:  # BatchNorm has no variance of a single image

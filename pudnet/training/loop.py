@@ -146,6 +146,10 @@ class BaseTrainer(ABC):
         run, step, now = saved.get("run"), saved.get("step"), json.loads(json.dumps(self.settings.to_dict()))
         if not isinstance(run, dict) or isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**53:
             raise CheckpointError(message(where, "path", "a run's checkpoint", f"{str(path)!r} without run or step"))
+        try:
+            run = json.loads(json.dumps(type(self.settings).from_dict(run).to_dict()))  # with settings that came later
+        except InputError as error:
+            raise CheckpointError(message(where, "path", "one with known settings", one_line(error))) from error
         changeable = {"run", "optimiser"}  # length and bookkeeping may change, the trunk of the run may not
         differing = sorted(key for key in now if key not in changeable and run.get(key) != now[key])
         if differing:

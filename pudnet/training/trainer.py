@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pudnet.data import families
 from pudnet.data.episodes import ClassPool, sample_episode
-from pudnet.data.source import open_images
+from pudnet.data.source import ImageSource, open_images
 from pudnet.errors import InputError, message
 from pudnet.models.pudnet import PudNet
 from pudnet.training.config import DataSource, TrainingConfig
@@ -54,8 +56,7 @@ class Trainer(BaseTrainer):
         for source in sources:
             images, labels = [], []
             names: list[str] = []
-            for path in source.paths:
-                opened = open_images(path, size=self.net.config.image_size)
+            for opened in self._open(source):
                 part_images, part_labels = opened.tensors()
                 images.append(part_images)
                 labels.append(part_labels + len(names))
@@ -72,6 +73,14 @@ class Trainer(BaseTrainer):
             if len(unseen.classes) >= VALIDATION_WAYS and unseen.smallest > 1:
                 held_out.append(unseen)
         return train, held_out
+
+    def _open(self, source: DataSource) -> Iterator[ImageSource]:
+        size = self.net.config.image_size
+        if source.family:
+            drawn = families.draw(source.family, source.classes, source.images, source.seed)
+            yield open_images(drawn.images, drawn.labels, size=size, classes=drawn.classes)
+        for path in source.paths:
+            yield open_images(path, size=size)
 
     def _check_episodes(self, pool: ClassPool) -> None:
         """Refuse now what would fail at some later step."""

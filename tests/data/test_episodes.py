@@ -1,5 +1,7 @@
 """Episodes are what they say they are, and depend on nothing but their generator."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -35,6 +37,17 @@ def test_same_generator_same_episode(pool):
     options = {"crop": 2, "flip": True, "colour": 1.0}
     assert torch.equal(draw(pool, 4, **options).images, draw(pool, 4, **options).images)
     assert not torch.equal(draw(pool, 4, **options).images, draw(pool, 5, **options).images)
+
+
+def test_a_whole_episode_is_transformed(pool):
+    pixels = np.random.default_rng(0).integers(0, 256, pool.images.shape, dtype=np.uint8)
+    pool = replace(pool, images=torch.from_numpy(pixels))
+    plain, changed = draw(pool, 4), draw(pool, 4, transform=1.0)
+    assert not torch.equal(plain.images, changed.images)
+    assert torch.equal(plain.labels, changed.labels)
+    assert torch.equal(changed.images, draw(pool, 4, transform=1.0).images)
+    seldom = sum(not torch.equal(draw(pool, seed).images, draw(pool, seed, transform=0.2).images) for seed in range(40))
+    assert 2 < seldom < 15
 
 
 def test_no_image_twice():

@@ -9,6 +9,8 @@ from pudnet.training import TrainingConfig
 
 GOOD = 'target = "convnet3"\n[[data]]\npaths = ["a.npz"]\n'
 
+FAMILY = 'target = "convnet3"\n[[data]]\nfamily = "glyphs"\n'
+
 
 def read(tmp_path, text):
     path = tmp_path / "run.toml"
@@ -43,6 +45,12 @@ def test_defaults_and_round_trip(tmp_path):
         (GOOD + "[optimiser]\nwarmup = -1\n", "optimiser.warmup"),
         (GOOD + '[model]\ntarget = "resnet18"\n', "model"),
         ("model = [1]\n" + GOOD, "model"),
+        (GOOD + "[augment]\ntransform = -0.1\n", "augment.transform"),
+        (FAMILY + 'paths = ["a.npz"]\n', "data.paths"),
+        (FAMILY.replace("glyphs", "flowers"), "data.family"),
+        (FAMILY + "classes = 1\n", "data.classes"),
+        (FAMILY + "images = 0\n", "data.images"),
+        (FAMILY + "seed = -1\n", "data.seed"),
     ],
 )
 def test_mistakes_are_named(tmp_path, text, says):

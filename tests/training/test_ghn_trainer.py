@@ -227,6 +227,7 @@ def test_the_kinds_are_told_apart(settings, tmp_path):
         ("model", {"input_shape": [3, 8, 9]}, "input_shape"),
         ("model", {"mean": [0.5]}, "mean and std"),
         ("augment", {"crop": 8}, "augment.crop"),
+        ("augment", {"transform": 0.5}, "augment.transform"),
         ("optimiser", {"drops": [1.5]}, "drops"),
         ("optimiser", {"weight_decay": -1.0}, "weight_decay"),
         ("run", {"log_every": 0}, "run.log_every"),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from pudnet import checkpoint
 from pudnet.errors import CheckpointError, InputError
 from pudnet.models.pudnet import PudNet
 from pudnet.training import Trainer, TrainingConfig, train
@@ -146,6 +147,33 @@ def test_longer_run_begins_like_a_shorter_one(settings):
     first, second = Trainer(short), Trainer(long)
     assert [first.rate(step) for step in range(8)] == [second.rate(step) for step in range(8)]
     assert first.step() == second.step()
+
+
+def test_made_up_families_as_data(settings):
+    family = {"family": "colours", "classes": 9, "images": 6, "seed": 3, "weight": 2.0}
+    trainer = Trainer(config_of({**settings, "data": [family, *settings["data"]], "augment": {"transform": 0.5}}))
+    assert [len(pool.classes) for pool in trainer.pools] == [9, 7]
+    assert trainer.pools[0].images.shape == (54, 32, 32, 3)
+    assert trainer.pools[0].smallest == 6
+    assert np.isfinite(trainer.step()["loss"])
+
+
+def test_a_run_goes_on_where_settings_were_added_since(settings):
+    trainer = Trainer(config_of(settings))
+    trainer.step()
+    path = os.path.join(settings["run"]["output"], "checkpoint.safetensors")
+    os.makedirs(settings["run"]["output"])
+    trainer.save(path)
+    saved, values = checkpoint.load(path, trainer.kind)
+    del saved["run"]["augment"]["transform"], saved["run"]["data"][0]["family"]
+    checkpoint.save(path, trainer.kind, saved, values)
+    resumed = Trainer(config_of(settings))
+    resumed.restore(path)
+    assert resumed.steps_done == 1
+    saved["run"]["data"][0]["unheard of"] = 1
+    checkpoint.save(path, trainer.kind, saved, values)
+    with pytest.raises(CheckpointError, match="unheard of"):
+        resumed.restore(path)
 
 
 def test_errors(settings, tmp_path):

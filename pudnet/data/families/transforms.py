@@ -78,7 +78,8 @@ def _faint(images: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def _bent(images: Tensor, rng: np.random.Generator) -> Tensor:
-    return images.clamp(0, 1) ** math.exp(rng.uniform(-0.9, 0.9))
+    gamma = rng.uniform(1.4, 2.5)
+    return images ** (gamma if rng.random() < 0.5 else 1 / gamma)
 
 
 CHANGES: tuple[Change, ...] = (
