@@ -62,7 +62,10 @@ def _run(options: argparse.Namespace) -> int:
     known = [] if options.fresh else harness.load_records(options.json)
     data = options.data if options.data.is_dir() else None
     if data is None:
-        print(f"{options.data} is no folder: only scikit-learn's digits are evaluated", file=sys.stderr)
+        print(
+            f"{options.data} is no folder: only scikit-learn's digits and made-up families are evaluated",
+            file=sys.stderr,
+        )
     settings = harness.Settings(
         checkpoint=options.checkpoint,
         data=data,

@@ -96,7 +96,9 @@ class _Runner:
         self.settings, self.known = settings, known
         self.bench = Bench.open(settings.checkpoint)
         held_out = self.bench.held_out if settings.held_out is None else settings.held_out
-        self.material = Material(settings.data, self.bench.preprocess.size, held_out, settings.ways)
+        sources = self.bench.predictor.net.card.get("training", {}).get("data", [])
+        seen = tuple(source["family"] for source in sources if source.get("family"))
+        self.material = Material(settings.data, self.bench.preprocess.size, held_out, settings.ways, seen)
 
     def repeats(self, group: str) -> int:
         return self.settings.repeats if GROUPS[group].repeated else 1

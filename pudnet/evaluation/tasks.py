@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pudnet.data import families
 from pudnet.data.source import open_images
 from pudnet.errors import InputError, message
 
@@ -22,6 +23,7 @@ TRAIN_PER_CLASS = 250  # of the unseen-class tasks; all test images of a class (
 DATASET_TRAIN_PER_CLASS = 200
 DATASET_TEST = 2000
 OTHER_IMAGES_PER_CLASS = 50
+FAMILY_CLASSES, FAMILY_TRAIN, FAMILY_TEST = 20, 100, 50  # of a made-up family; images per class
 
 NATURAL = ("tinyimagenet32_a", "tinyimagenet32_b")
 
@@ -69,16 +71,18 @@ class Material:
     """What tasks are drawn from.
 
     Attributes:
-        data: folder with the ``.npz`` files of ``GROUPS``; None: only what scikit-learn brings.
+        data: folder with the ``.npz`` files of ``GROUPS``; None: only what needs no files.
         size: side of the images, in pixels.
         held_out: class names the hypernetwork was not trained on.
         ways: classes of an unseen-class task.
+        families: those that the hypernetwork was trained on.
     """
 
     data: Path | None
     size: int
     held_out: tuple[str, ...]
     ways: int = 5
+    families: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,8 @@ class Group:
         build: ``(material, number, seed) -> Task``.
         files: names of the ``.npz`` files it needs.
         repeated: whether several tasks are drawn (else there is one).
-        other: name of the dataset whose sketch is the foreign one.
+        other: name of the dataset, or family, whose sketch is the foreign one.
+        family: the made-up family of its images.
     """
 
     title: str
@@ -98,6 +103,7 @@ class Group:
     files: tuple[str, ...] = ()
     repeated: bool = False
     other: str = ""
+    family: str = ""
 
 
 def available(group: Group, material: Material) -> str:
@@ -105,6 +111,8 @@ def available(group: Group, material: Material) -> str:
     missing = [name for name in group.files if material.data is None or not (material.data / f"{name}.npz").exists()]
     if missing:
         return f"needs {', '.join(f'{name}.npz' for name in missing)}, not found in the data folder"
+    if group.family in material.families:
+        return "the checkpoint was trained on this family"
     needs_classes = set(group.files) >= set(NATURAL)
     if needs_classes and len(material.held_out) < material.ways:
         return f"needs {material.ways} classes the checkpoint was not trained on; {len(material.held_out)} are known"
@@ -178,6 +186,8 @@ def held_out_parts(data: Path, size: int, held_out: tuple[str, ...]) -> tuple[Im
 @lru_cache(maxsize=4)
 def other_images(data: Path | None, name: str, size: int, held_out: tuple[str, ...], seed: int) -> Images | None:
     """A sample of another dataset, or None where its files are missing; ``natural`` is the held-out Tiny-ImageNet."""
+    if name in families.NAMES:
+        return _of_family(name, size, OTHER_IMAGES_PER_CLASS, seed)
     natural = name == "natural"
     files = NATURAL if natural else (name,)
     if data is None or not all((data / f"{file}.npz").exists() for file in files) or (natural and not held_out):
@@ -237,6 +247,24 @@ def dataset_task(name: str, group: str, flip: bool = False) -> Callable[[Materia
     return build
 
 
+def _of_family(name: str, size: int, images: int, seed: int, part: int = 0) -> Images:
+    drawn = families.draw(name, FAMILY_CLASSES, images, seed, part)
+    opened = open_images(drawn.images, drawn.labels, size=size, classes=drawn.classes)
+    return Images(*opened.tensors(), opened.classes)
+
+
+def family_task(name: str) -> Callable[[Material, int, int], Task]:
+    """Tasks of a made-up family: ``FAMILY_CLASSES`` classes of a seed far from those that trainings use."""
+
+    def build(material: Material, number: int, seed: int) -> Task:
+        own = int(torch.randint(10**6, 2**31, (), generator=draw(seed, "family", name, number)))
+        train = _of_family(name, material.size, FAMILY_TRAIN, own, part=0)
+        test = _of_family(name, material.size, FAMILY_TEST, own, part=1)
+        return Task(name, number, seed, train, test, _other(material, name, seed))
+
+    return build
+
+
 GROUPS: dict[str, Group] = {
     "unseen": Group(
         "{ways} unseen classes of Tiny-ImageNet", unseen_classes, NATURAL, repeated=True, other="fashion_mnist"
@@ -251,5 +279,17 @@ GROUPS: dict[str, Group] = {
         dataset_task("omniglot28_8alphabets", "omniglot"),
         ("omniglot28_8alphabets",),
         other="natural",
+    ),
+    "textures": Group(
+        f"Textures (made up), {FAMILY_CLASSES} classes", family_task("textures"), other="strokes", family="textures"
+    ),
+    "strokes": Group(
+        f"Invented characters (made up), {FAMILY_CLASSES} classes",
+        family_task("strokes"),
+        other="textures",
+        family="strokes",
+    ),
+    "glyphs": Group(
+        f"Glyphs (made up), {FAMILY_CLASSES} classes", family_task("glyphs"), other="textures", family="glyphs"
     ),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from pudnet.errors import InputError
 from pudnet.evaluation import harness, tables
 from pudnet.evaluation.__main__ import main
 from pudnet.evaluation.rows import ROWS, Bench
-from pudnet.evaluation.tasks import GROUPS, Material, per_class, unseen_classes, validation_classes
+from pudnet.evaluation.tasks import GROUPS, Material, available, per_class, unseen_classes, validation_classes
 
 CLASSES = 8  # in each half
 HELD_OUT = [f"a{label}" for label in range(3)], [f"b{label}" for label in range(2, 6)]
@@ -80,7 +81,6 @@ def test_every_row_of_every_task_and_nothing_twice(settings: harness.Settings) -
 
 
 def test_another_process_computes_the_same(settings: harness.Settings) -> None:
-    from dataclasses import replace
 
     small = replace(settings, groups=("fashion",), rows=("random-cosine", "pixels-ridge"))
     here, there = (harness.run(small, workers=workers)[0] for workers in (0, 1))
@@ -123,7 +123,6 @@ def test_per_class_draws_at_most_so_many_of_each() -> None:
 
 
 def test_too_few_held_out_classes_leave_the_group_out(settings: harness.Settings) -> None:
-    from dataclasses import replace
 
     records, skipped = harness.run(replace(settings, groups=("unseen",), held_out=("a0", "a1")))
     assert records == [] and "3 classes" in skipped["unseen"]
@@ -193,8 +192,22 @@ def test_tables_state_means_and_errors_by_hand() -> None:
 
 
 def test_a_group_that_cannot_be_drawn_says_why() -> None:
-    from pudnet.evaluation.tasks import available
-
     material = Material(None, 32, ())
     assert available(GROUPS["digits"], material) == ""
     assert "mnist.npz" in available(GROUPS["mnist"], material)
+
+
+@pytest.mark.parametrize("name", [key for key, group in GROUPS.items() if group.family])
+def test_tasks_of_made_up_families(name: str) -> None:
+    group, material = GROUPS[name], Material(None, 32, ())
+    assert available(group, material) == ""
+    assert "trained on this family" in available(group, replace(material, families=(name,)))
+    task = group.build(material, 0, 0)
+    assert task.train.images.shape == (2000, 32, 32, 3)
+    assert task.test.images.shape == (1000, 32, 32, 3)
+    assert task.train.classes == task.test.classes
+    together = torch.cat([task.train.images, task.test.images]).flatten(1)
+    assert len({row.numpy().tobytes() for row in together}) == 3000
+    assert task.other is not None and len(task.other.labels) == 1000
+    assert task.fingerprint == group.build(material, 0, 0).fingerprint
+    assert task.fingerprint != group.build(material, 0, 1).fingerprint
