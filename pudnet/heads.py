@@ -647,9 +647,13 @@ def _row_blocks(rows: int, size: int = 256) -> Iterator[tuple[int, int]]:
 
 @dataclass
 class _Solution:
-    """A ridge fit at one lambda: model and leave-one-out scores ``[m, K]``."""
+    """A ridge fit at one lambda: model and leave-one-out scores ``[m, K]``.
+
+    ``slope`` has the sign of the derivative of the error by lambda; None where it would cost as much as the fit.
+    """
 
     error: float
+    slope: float | None
     exponent: int
     lam: float
     weights: Callable[[], tuple[Tensor, Tensor]]  # -> weight [K, F], bias [K]
@@ -698,7 +702,8 @@ def _best_lambda(solve: Solver, scale: float) -> _Solution:
     """The grid's lambda with the least leave-one-out squared error: downhill from the middle.
 
     The error is smooth and, but for odd cases, has one minimum, so walking from the middle (lambda = scale, near which
-    image features have theirs) until it rises finds it in about three steps instead of the whole grid.
+    image features have theirs) until it rises finds it in two or three steps instead of the whole grid. Slopes tell
+    which way to begin, and whether the minimum lies between the last two.
     """
 
     def solve_at(exponent: int) -> _Solution | None:
@@ -710,10 +715,14 @@ def _best_lambda(solve: Solver, scale: float) -> _Solution:
             if found is None or not found.error < best.error:
                 break
             best = found
+            if found.slope is not None and found.slope * step > 0:
+                break
         return best
 
     middle = solve_at(0)
     assert middle is not None, "positive definite: every eigenvalue is at least the mean one"
+    if middle.slope is not None:
+        return walk(middle, -1 if middle.slope > 0 else 1)
     up = walk(middle, 1)
     return up if up is not middle else walk(middle, -1)
 
@@ -764,12 +773,15 @@ def _dual_solver(x: Tensor, labels: Tensor, counts: Tensor) -> tuple[Solver, flo
         slack = lam * inverse.diagonal() - lam / (n * (lift + lam))
         dual = inverse @ targets.to(inverse.dtype)  # [n, K]
         scores, error = _loo_scores(labels, num_classes, lam * dual, slack)
+        # The error is the mean square of dual / gap, gap = slack / lam; A' = -A A for the inverse A.
+        gap, gap_slope = slack / lam, 1 / (n * (lift + lam) ** 2) - torch.linalg.vector_norm(inverse, dim=1).square()
+        slope = -(dual / gap[:, None].square() * (inverse @ dual + dual * (gap_slope / gap)[:, None])).sum().item()
 
         def weights() -> tuple[Tensor, Tensor]:
             weight = (dual.to(centred.dtype).T @ centred).double()  # [K, F]
             return weight, share - weight @ mean
 
-        return _Solution(error, exponent, lam, weights, scores)
+        return _Solution(error, slope, exponent, lam, weights, scores)
 
     return solve, scale
 
@@ -791,7 +803,7 @@ def _primal_solver(whole: RidgeAccumulator, x: Tensor, labels: Tensor) -> tuple[
         slack = 1.0 - 1.0 / images - half.square().sum(0).double()
         residuals = F.one_hot(labels, num_classes) - F.linear(x.double(), weight, bias)
         scores, error = _loo_scores(labels, num_classes, residuals, slack)
-        return _Solution(error, exponent, lam, lambda: (weight, bias), scores)
+        return _Solution(error, None, exponent, lam, lambda: (weight, bias), scores)
 
     return solve, scale
 

@@ -120,6 +120,23 @@ def test_lambda_is_the_best_of_the_whole_grid(noise: float) -> None:
     assert _best_lambda(solve, scale).exponent == best.exponent
 
 
+def test_slope_is_the_derivative_of_the_error() -> None:
+    maps, y = data(80, 4, 60)
+    solve, scale = _dual_solver(maps[0].double(), y, torch.bincount(y))
+    slopes, expected = [], []
+    for exponent in (-3, 0, 2):
+        lam, step = scale * 10 ** (exponent / 2), 1e-3
+        here, below, above = (solve(exponent, lam * factor) for factor in (1.0, 1 - step, 1 + step))
+        assert here is not None and below is not None and above is not None and here.slope is not None
+        slopes.append(here.slope)
+        expected.append((above.error - below.error) / (2 * step * lam))
+    # Up to one positive factor.
+    torch.testing.assert_close(
+        torch.tensor(slopes) / slopes[0], torch.tensor(expected) / expected[0], rtol=0.02, atol=0
+    )
+    assert slopes[0] < 0 < slopes[2]
+
+
 def test_fit_head_takes_the_same_model_from_kept_rows_and_from_an_accumulated_matrix() -> None:
     maps, y = data(300, 3, 10)
     features = pool_features(maps)
