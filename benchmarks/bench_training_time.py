@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
+from pudnet.descent import accuracy
 from pudnet.evaluation import training_time
 from pudnet.evaluation.rows import Bench
-from pudnet.evaluation.scratch import accuracy
 from pudnet.evaluation.tasks import Material, available
 from pudnet.evaluation.training_time import DATASETS, RATIOS, Prediction, Settings, Winner
 

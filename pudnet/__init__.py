@@ -15,6 +15,7 @@ _PUBLIC = {
     "Predictor": "pudnet.predictor",
     "PredictedModel": "pudnet.predicted",
     "load": "pudnet.predicted",
+    "finetune": "pudnet.finetuning",
     "list_pretrained": "pudnet.checkpoint",
     "use_backend": "pudnet.backends",
     "PudnetError": "pudnet.errors",

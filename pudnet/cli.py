@@ -243,6 +243,82 @@ def add(
     _emit({"model": str(output), **report}, as_json)
 
 
+@_command("pudnet finetune model.safetensors flowers/ --epochs 5 --flip -o tuned.safetensors")
+def finetune(
+    model: Model,
+    data: Data,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the tuned model goes.", show_default=False)],
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the images.")] = 1,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate. Without: a tuned one.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=2, help="Images in a step.")] = 32,
+    shift: Annotated[int, typer.Option(min=0, help="Move images at random by up to so many pixels.")] = 1,
+    flip: Annotated[
+        bool, typer.Option("--flip", help="Mirror images at random: where a mirrored image keeps its class.")
+    ] = False,
+    validation: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Share of the images held out to decide what is kept; 0: the end.")
+    ] = 0.2,
+    test: Annotated[
+        Path | None, typer.Option(help="Data whose test part measures the curve.", show_default=False)
+    ] = None,
+    split: Annotated[str, typer.Option(help="Part of the data: train or test.")] = "train",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a run to the same OUTPUT stopped.")] = False,
+    device: Device = "auto",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Train MODEL further on DATA, from exactly what was predicted. Ctrl-C keeps a checkpoint to --resume from."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from pudnet.errors import Cancelled
+    from pudnet.files import atomic_path
+    from pudnet.finetuning import LR
+    from pudnet.finetuning import finetune as tune
+    from pudnet.predicted import load
+    from pudnet.serving import stop_request
+
+    console = _console(as_json)
+    saved = output.with_name(f"{output.name}.checkpoint")
+    columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, console=_console(True))
+    task = progress.add_task("", total=None)
+
+    def show(done: int, total: int) -> None:
+        progress.start()  # only now, so that bad input is one line; it may be started again
+        progress.update(task, completed=done, total=total)
+
+    try:
+        with atomic_path(output, "pudnet finetune") as claimed, stop_request() as asked:
+            tuned = tune(
+                load(model).to(_device(device)), data, epochs=epochs, lr=LR if lr is None else lr,
+                batch_size=batch_size, shift=shift, flip=flip, seed=seed, split=split, validation=validation,
+                test=test, checkpoint=saved, resume=resume, cancel=asked, on_step=show,
+            )  # fmt: skip
+            tuned.save(claimed)
+    except Cancelled:
+        _fail("interrupted; go on with the same command and --resume", 130)
+    finally:
+        progress.stop()
+    saved.unlink(missing_ok=True)
+    report = tuned.report["finetuning"]
+    if report["curve"]:
+        table = _table("epoch", "seconds", "top-1")
+        for epoch, seconds, top1 in report["curve"]:
+            table.add_row(f"{epoch:g}", f"{seconds:.1f}", f"{100 * top1:.2f} %")
+        console.print(table)
+        console.print(f"Measured on {'test' if test else 'held-out'} images")
+    kept = f"after epoch {report['kept']}" if report["kept"] else "as it was: no epoch was better on held-out images"
+    console.print(
+        f"{report['epochs']} epochs of {report['n']} images in {report['seconds']:.1f} s; the network is {kept}"
+    )
+    console.print(f"Expected accuracy on new images: {100 * tuned.report['expected_accuracy']:.1f} % (leave-one-out)")
+    _notes(console, tuned.report)
+    console.print(f"Model: {output}", soft_wrap=True, markup=False)
+    _emit({"model": str(output), **tuned.report}, as_json)
+
+
 @_command("pudnet export model.safetensors model.onnx")
 def export(
     model: Model,

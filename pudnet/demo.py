@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pudnet.data import open_images
+from pudnet.descent import CurvePoint, accuracy
 from pudnet.errors import InputError, message
 from pudnet.evaluation.baselines import random_weights
-from pudnet.evaluation.scratch import CurvePoint, ScratchResult, accuracy, train_from_scratch
+from pudnet.evaluation.scratch import ScratchResult, train_from_scratch
 from pudnet.files import atomic_path
 from pudnet.predicted import PredictedModel, finish
 from pudnet.predictor import Predictor

@@ -275,6 +275,7 @@ class Predictor(hub.Shared):
         if len(steps) != len(added):
             rule = f"the {len(steps)} datasets that were added to the model, in order"
             raise InputError(message(where, "added", rule, len(added)))
+        provenance.require_untrained(record)
         provenance.require_net(record, self._net_sha256)
         model = self.predict(images, labels, sketch=sketch, **{name: record[name] for name in names})
         provenance.require_sketch(record, model.report["provenance"])

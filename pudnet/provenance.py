@@ -72,6 +72,18 @@ def require_net(record: Mapping[str, Any], net_sha256: str) -> None:
         raise CheckpointError(message("Predictor.remake", "the predictor", rule, net_sha256, hint))
 
 
+def require_untrained(record: Mapping[str, Any]) -> None:
+    """Refuse to make a model again that was trained after it was predicted.
+
+    Raises:
+        InputError: it was fine-tuned.
+    """
+    if record.get("finetuned"):
+        hint = "Predict it again and fine-tune it with the same arguments, and compare model_sha256."
+        rule, got = "of a model that was not fine-tuned", f"one fine-tuned {len(record['finetuned'])} times"
+        raise InputError(message("Predictor.remake", "report", rule, got, hint))
+
+
 def require_sketch(record: Mapping[str, Any], made: Mapping[str, Any]) -> None:
     """Refuse images that give another sketch than the recorded one.
 

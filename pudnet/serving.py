@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
@@ -45,6 +47,21 @@ def check(token: Token | None, where: str) -> None:
     """Raise Cancelled where ``token`` is set."""
     if token is not None and token.is_set():
         raise Cancelled(f"{where}: cancelled, or out of time.")
+
+
+@contextmanager
+def stop_request() -> Iterator[Token]:
+    """Within the block SIGINT and SIGTERM set the token, so that no step is cut in half. Only in the main thread."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    previous = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def in_threads(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import pudnet
 from pudnet import checkpoint
 from pudnet.cli import app
 
-COMMANDS = ("demo", "predict", "add", "export", "remake", "evaluate", "classify", "train", "info")
+COMMANDS = ("demo", "predict", "add", "finetune", "export", "remake", "evaluate", "classify", "train", "info")
 SIDE = 16
 
 
@@ -253,6 +254,44 @@ def test_interrupted_training_keeps_a_checkpoint(data: Path, tmp_path: Path) -> 
     assert "--resume" in errors and "Traceback" not in errors
     saved, _ = checkpoint.load(tmp_path / "run" / "checkpoint.safetensors", "training")
     assert saved["step"] >= 1
+
+
+def test_finetune(model: Path, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "tuned.safetensors"
+    found = run_json("finetune", model, data, "--epochs", 2, "--batch-size", 4, "--test", data, "-o", output)
+    entry = found["finetuning"]
+    assert [epoch for epoch, _, _ in entry["curve"]] == [0, 1, 2] and entry["measured_on"] == "test"
+    assert [path.name for path in tmp_path.iterdir()] == [output.name]
+    assert run_json("evaluate", output, data)["top1"] == entry["curve"][-1][2]
+    assert_bad_input(run("remake", output, data, "-o", tmp_path / "again.safetensors"), "fine-tuned")
+    assert_bad_input(run("finetune", model, data, "--lr", 0, "-o", output), "lr")
+    assert_bad_input(run("finetune", model, data, "-o", tmp_path / "missing" / "x.safetensors"), "folder")
+
+
+def test_interrupted_fine_tuning_goes_on(model: Path, data: Path, tmp_path: Path) -> None:
+    output, whole = tmp_path / "tuned.safetensors", tmp_path / "whole.safetensors"
+    saved = tmp_path / "tuned.safetensors.checkpoint"
+    arguments = ["finetune", model, data, "--epochs", 60, "--batch-size", 4, "--validation", 0]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pudnet", *map(str, arguments), "-o", str(output)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "FORCE_COLOR": "1"},
+    )
+    assert process.stderr is not None
+    seen = ""
+    while process.poll() is None and not re.search(r"\b[1-9][0-9]*/", seen):  # the bar shows a step
+        seen += process.stderr.read(1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, seen + errors
+    assert "--resume" in errors and "Traceback" not in errors
+    assert saved.exists() and not output.exists()
+    assert_bad_input(run(*arguments, "-o", output), "without a file")
+    assert run(*arguments, "-o", output, "--resume").exit_code == 0 and not saved.exists()
+    assert run(*arguments, "-o", whole).exit_code == 0
+    first, second = (dict(pudnet.load(path).state_dict()) for path in (output, whole))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 # ---- bad input --------------------------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ USERS = {
     "heads",
     "features",
     "directions",
+    "descent",
+    "finetuning",
     "training",
     "evaluation",
     "interop",
@@ -65,6 +67,11 @@ ALLOWED = {
     "predicted": {
         *("batchnorm", "checkpoint", "data", "errors", "export", "features", "heads"),
         *("hub", "provenance", "serving", "sketch", "stages", "targets"),
+    },
+    "descent": {"data", "errors"},
+    "finetuning": {
+        *("predicted", "batchnorm", "checkpoint", "data", "descent", "errors", "features", "heads"),
+        *("provenance", "serving"),
     },
     "shards": {"predictor", "predicted", "stages", "heads", "serving", "sketch", "data", "errors"},
     "predictor": USERS - {"training", "evaluation", "demo"},

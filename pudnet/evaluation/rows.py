@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from pudnet.data import Preprocess
 from pudnet.data.source import open_images
+from pudnet.descent import accuracy
 from pudnet.directions import SHRINKAGE, fisher_directions, insert_directions
 from pudnet.evaluation.baselines import pca_weights, random_weights
 from pudnet.evaluation.peers import ITERATIONS, TREES, fit_pixels
-from pudnet.evaluation.scratch import FINE_TUNING_LR, accuracy, fine_tune, scratch_settings, train_from_scratch
+from pudnet.evaluation.scratch import FINE_TUNING_LR, fine_tune, scratch_settings, train_from_scratch
 from pudnet.evaluation.tasks import Images, Task, draw
+from pudnet.finetuning import finetune, finetuning_settings
 from pudnet.heads import fit_head
 from pudnet.predicted import finish
 from pudnet.predictor import Predictor
@@ -254,6 +256,30 @@ def _fine_tuned(bench: Bench, task: Task) -> Outcome:
     return Outcome(curve[-1][2], seconds, curve=curve)
 
 
+def _predicted_and_tuned(epochs: int) -> Callable[[Bench, Task], Outcome]:
+    """The curve begins with the prediction itself; its seconds count from the images."""
+
+    def run(bench: Bench, task: Task) -> Outcome:
+        train, test = task.train, task.test
+        model = bench.predictor.predict(train.images, train.labels, seed=task.seed)
+        ready = model.report["seconds"]["total"]
+        tuned = finetune(
+            model,
+            train.images,
+            train.labels,
+            epochs=epochs,
+            flip=task.flip,
+            seed=task.seed + task.number,
+            test=(test.images, test.labels),
+        )
+        (_, _, first), *later = tuned.report["finetuning"]["curve"]
+        curve = [(0.0, ready, first), *((epoch, ready + at, top1) for epoch, at, top1 in later)]
+        seconds = {"finish": ready, "training": curve[-1][1] - ready, "total": curve[-1][1]}
+        return Outcome(curve[-1][2], seconds, tuned.report["expected_accuracy"], curve)
+
+    return run
+
+
 def _scratch(optimizer: str, epochs: int, shift: int) -> Callable[[Bench, Task], Outcome]:
     def run(bench: Bench, task: Task) -> Outcome:
         result = train_from_scratch(
@@ -312,6 +338,11 @@ ROWS: dict[str, Row] = {
         Row("finetune-5", f"predicted from another dataset's sketch, fine-tuned {FINE_TUNING_EPOCHS} epochs (Adam)",
             _fine_tuned, uses_checkpoint=True, needs_other=True,
             settings=f"lr={FINE_TUNING_LR} {scratch_settings('adam', FINE_TUNING_EPOCHS, 0)}"),
+        *(
+            Row(f"predicted-finetune-{epochs}", f"predicted weights, fine-tuned {count}", _predicted_and_tuned(epochs),
+                uses_checkpoint=True, settings=finetuning_settings())
+            for epochs, count in ((1, "1 epoch"), (5, "5 epochs"))
+        ),
         *(
             Row(f"{optimizer}-{epochs}", f"{title} from scratch, {epochs} epochs", _scratch(optimizer, epochs, shift),
                 settings=scratch_settings(optimizer, epochs, shift))

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import copy
-import math
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pudnet.data.preprocess import Preprocess
-from pudnet.errors import InputError, ShapeError, message
+from pudnet.descent import (
+    BATCH,
+    WARMUP,
+    Clock,
+    CurvePoint,
+    Recipe,
+    Run,
+    accuracy,
+    check_training,
+    load_optimisers,
+    native_bfloat16,
+)
+from pudnet.errors import InputError, message
 from pudnet.evaluation.baselines import random_weights
 
 WHERE = "train_from_scratch"
@@ -21,18 +30,6 @@ FINE_TUNING_LR = 2e-3  # peak, of Adam; tuned as DEFAULTS
 
 # Peak learning rate and weight decay, tuned on 5-way tasks of training classes (none of them in a reported table).
 DEFAULTS = {"adam": (5e-3, 0.05), "sgd": (0.03, 5e-4)}
-BATCH = 32
-WARMUP = 0.2  # share of the steps in which the learning rate rises to its peak; it falls to zero in the rest
-EVALUATION_BATCH = 32  # activations stay in the cache: 2.6 times as fast as 256 (convnet3, one thread)
-
-
-@dataclass(frozen=True)
-class CurvePoint:
-    """Test accuracy after ``seconds`` of training (time spent on measuring it is not counted)."""
-
-    epoch: float
-    seconds: float
-    top1: float
 
 
 @dataclass(frozen=True)
@@ -65,26 +62,6 @@ class LinearClassifier(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.classifier(self.network(x).flatten(1))
         return logits
-
-
-@dataclass
-class _Clock:
-    """Counts the time between ``start`` and ``stop``."""
-
-    device: torch.device
-    seconds: float = 0.0
-    _since: float = field(default_factory=time.perf_counter)
-
-    def stop(self) -> None:
-        if self.device.type == "cuda":  # kernels run on after the call that started them
-            torch.cuda.synchronize(self.device)
-        self.seconds += time.perf_counter() - self._since
-
-    def start(self) -> None:
-        self._since = time.perf_counter()
-
-    def now(self) -> float:
-        return self.seconds + time.perf_counter() - self._since
 
 
 def train_from_scratch(
@@ -141,16 +118,10 @@ def train_from_scratch(
         labels,
         num_classes,
         preprocess,
-        _Recipe(
-            optimizer,
-            epochs,
-            default_lr if lr is None else lr,
-            default_decay if weight_decay is None else weight_decay,
-            batch_size,
-            flip,
-            shift,
-            seed,
+        _Optimizer(
+            optimizer, default_lr if lr is None else lr, default_decay if weight_decay is None else weight_decay
         ),
+        Recipe(epochs, batch_size, flip, shift, seed),
         torch.device(device),
         test=test,
         points=points,
@@ -186,26 +157,29 @@ def fine_tune(
         InputError: no images, or labels out of range.
     """
     _check(images, labels, num_classes, "adam", epochs, BATCH, test, None)
-    recipe = _Recipe("adam", epochs, lr, DEFAULTS["adam"][1], BATCH, flip, shift, seed)
+    optimizer = _Optimizer("adam", lr, DEFAULTS["adam"][1])
+    recipe = Recipe(epochs, BATCH, flip, shift, seed)
 
     def start() -> nn.Module:
         return copy.deepcopy(network).requires_grad_(True)
 
-    return _train(start, images, labels, num_classes, preprocess, recipe, torch.device(device), test=test)
+    return _train(start, images, labels, num_classes, preprocess, optimizer, recipe, torch.device(device), test=test)
 
 
 @dataclass(frozen=True)
-class _Recipe:
-    """What determines a run, beside its start and its images."""
+class _Optimizer:
+    """Which, and its settings."""
 
-    optimizer: str
-    epochs: int
+    name: str
     lr: float
     weight_decay: float
-    batch_size: int
-    flip: bool
-    shift: int
-    seed: int
+
+    def of(self, model: nn.Module) -> torch.optim.Optimizer:
+        if self.name == "adam":
+            return torch.optim.AdamW(model.parameters(), self.lr, weight_decay=self.weight_decay, fused=True)
+        return torch.optim.SGD(
+            model.parameters(), self.lr, momentum=0.9, nesterov=True, weight_decay=self.weight_decay, fused=True
+        )
 
 
 def _train(
@@ -214,7 +188,8 @@ def _train(
     labels: Tensor,
     num_classes: int,
     preprocess: Preprocess,
-    recipe: _Recipe,
+    optimizer: _Optimizer,
+    recipe: Recipe,
     device: torch.device,
     *,
     test: tuple[Tensor, Tensor] | None = None,
@@ -224,35 +199,21 @@ def _train(
     progress: Callable[[CurvePoint], None] | None = None,
 ) -> ScratchResult:
     """Train what ``start`` makes; the time it takes counts."""
-    _load_optimizers()
-    clock = _Clock(device)
-    generator = torch.Generator().manual_seed(recipe.seed)
+    load_optimisers()
+    clock = Clock(device)
     resized = preprocess.resize(images.to(device))
-    labels = labels.to(device)
     model = _with_classifier(start().to(device), preprocess.normalise(resized[:1]), num_classes, recipe.seed)
-    update = _optimizer(recipe.optimizer, model, recipe.lr, recipe.weight_decay)
-    # A smaller last batch is left out, as usual with BatchNorm.
-    steps_per_epoch = max(1, len(resized) // recipe.batch_size)
-    total = steps_per_epoch * recipe.epochs
-    usual = steps_per_epoch // 4 if target_accuracy is not None else steps_per_epoch
-    every = max(1, usual if points is None else total // points)
+    run = Run(model, optimizer.of(model), resized, labels.to(device), preprocess, recipe)
+    usual = run.steps_per_epoch // 4 if target_accuracy is not None else run.steps_per_epoch
+    every = max(1, usual if points is None else run.total // points)
     curve: list[CurvePoint] = []
     reached = None if target_accuracy is None else False
     model.train()
-    step = 0
-    while step < total and not reached and (max_seconds is None or clock.now() < max_seconds):
-        if step % steps_per_epoch == 0:
-            order = torch.randperm(len(resized), generator=generator).to(device)
-        first = step % steps_per_epoch * recipe.batch_size
-        chosen = order[first : first + recipe.batch_size]
-        batch = _augmented(resized[chosen], recipe.flip, recipe.shift, generator)  # [b, H, W, 3]
-        for group in update.param_groups:
-            group["lr"] = recipe.lr * _schedule((step + 1) / total)
-        _step(model, update, _channels_last(preprocess.normalise(batch)), labels[chosen])
-        step += 1
-        if test is not None and (step % every == 0 or step == total):
+    while run.done < run.total and not reached and (max_seconds is None or clock.now() < max_seconds):
+        run.step()
+        if test is not None and (run.done % every == 0 or run.done == run.total):
             clock.stop()
-            point = CurvePoint(step / steps_per_epoch, clock.seconds, accuracy(model, *test, preprocess))
+            point = CurvePoint(run.epoch, clock.seconds, accuracy(model, *test, preprocess))
             curve.append(point)
             if progress is not None:
                 progress(point)
@@ -261,7 +222,7 @@ def _train(
             model.train()
             clock.start()
     clock.stop()
-    return ScratchResult(model.eval(), tuple(curve), clock.seconds, step / steps_per_epoch, reached)
+    return ScratchResult(model.eval(), tuple(curve), clock.seconds, run.epoch, reached)
 
 
 def _with_classifier(network: nn.Module, x: Tensor, num_classes: int, seed: int) -> LinearClassifier:
@@ -274,73 +235,10 @@ def _with_classifier(network: nn.Module, x: Tensor, num_classes: int, seed: int)
     return model.to(x.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor, preprocess: Preprocess) -> float:
-    """Share of uint8 ``images [n, H, W, C]`` that ``model`` (put into eval mode) labels as ``labels [n]`` says."""
-    model.eval()
-    device = next(model.parameters()).device
-    right = 0
-    with torch.inference_mode():
-        for x, y in zip(images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True):
-            right += int((model(_channels_last(preprocess(x.to(device)))).argmax(1) == y.to(device)).sum())
-    return right / len(labels)
-
-
 def scratch_settings(optimizer: str, epochs: int, shift: int) -> str:
     """All that determines a run, as one line: results of other settings are not mixed with these."""
     lr, decay = DEFAULTS[optimizer]
     return f"{optimizer} {epochs=} {lr=} {decay=} {shift=} batch={BATCH} warmup={WARMUP} bf16={native_bfloat16()}"
-
-
-def native_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 in hardware; elsewhere autocast to it would slow training down."""
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return bool(supported is not None and supported())
-
-
-def _load_optimizers() -> None:
-    """The first step of any torch optimizer imports half of torch (seconds): that is no part of training."""
-    torch.optim.SGD([nn.Parameter(torch.zeros(1))], 0.1).step()
-
-
-def _augmented(images: Tensor, flip: bool, shift: int, generator: torch.Generator) -> Tensor:
-    """Each of ``images [b, H, W, 3]`` mirrored or not, and moved; the draws are the same on every device."""
-    count, height, width = images.shape[:3]
-    device = images.device
-    if flip:
-        mirrored = (torch.rand(count, generator=generator) < 0.5).to(device)
-        images = torch.where(mirrored[:, None, None, None], images.flip(2), images)
-    if shift:
-        down, across = torch.randint(-shift, shift + 1, (2, count, 1), generator=generator).to(device)
-        rows = (torch.arange(height, device=device) + down).clamp(0, height - 1)  # [b, H]
-        columns = (torch.arange(width, device=device) + across).clamp(0, width - 1)  # [b, W]
-        which = torch.arange(count, device=device)
-        images = images[which[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return images
-
-
-def _step(model: nn.Module, update: torch.optim.Optimizer, x: Tensor, labels: Tensor) -> None:
-    update.zero_grad()
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda or native_bfloat16()):
-        logits = model(x)
-    F.cross_entropy(logits.float(), labels).backward()
-    update.step()
-
-
-def _schedule(progress: float) -> float:
-    """Share of the peak learning rate at ``progress`` in 0..1: up linearly, then down along a cosine."""
-    if progress < WARMUP:
-        return progress / WARMUP
-    return 0.5 * (1 + math.cos(math.pi * (progress - WARMUP) / (1 - WARMUP)))
-
-
-def _optimizer(name: str, model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    if name == "adam":
-        return torch.optim.AdamW(model.parameters(), lr, weight_decay=weight_decay, fused=True)
-    return torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=weight_decay, fused=True)
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _check(
@@ -355,15 +253,6 @@ def _check(
 ) -> None:
     if optimizer not in DEFAULTS:
         raise InputError(message(WHERE, "optimizer", f"one of {sorted(DEFAULTS)}", repr(optimizer)))
-    if epochs < 1:
-        raise InputError(message(WHERE, "epochs", "at least 1", epochs))
-    if batch_size < 2:
-        raise InputError(message(WHERE, "batch_size", "at least 2", batch_size))
-    if len(images) < 2 or len(images) != len(labels):
-        got = f"{len(images)} images, {len(labels)} labels"
-        raise ShapeError(message(WHERE, "images and labels", "two or more, as many of one as of the other", got))
-    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
-        got = f"{int(labels.min())}..{int(labels.max())}"
-        raise InputError(message(WHERE, "labels", f"in 0..{num_classes - 1}", got))
+    check_training(WHERE, images, labels, num_classes, epochs, batch_size)
     if target_accuracy is not None and test is None:
         raise InputError(message(WHERE, "test", "given with target_accuracy", None))

@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
+from pudnet.descent import accuracy, native_bfloat16
 from pudnet.errors import InputError, message
 from pudnet.evaluation import harness
 from pudnet.evaluation.rows import ROWS, SCRATCH, Bench
-from pudnet.evaluation.scratch import ScratchResult, accuracy, native_bfloat16, train_from_scratch
+from pudnet.evaluation.scratch import ScratchResult, train_from_scratch
 from pudnet.evaluation.tasks import GROUPS, Group, Images, Material, Task, available, validation_classes
 from pudnet.files import atomic_path
 from pudnet.predictor import Predictor

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pudnet.descent import CurvePoint
 from pudnet.errors import InputError, message
-from pudnet.evaluation.scratch import CurvePoint
 from pudnet.report.embedding_map import EmbeddingMap
 from pudnet.report.measure import Bin
 

@@ -14,9 +14,10 @@ from pudnet._version import __version__
 from pudnet.checkpoint import find
 from pudnet.data import ImageSource
 from pudnet.data.source import open_images
+from pudnet.descent import CurvePoint, accuracy
 from pudnet.errors import InputError, message, one_line
 from pudnet.evaluation.rows import SCRATCH
-from pudnet.evaluation.scratch import CurvePoint, accuracy, train_from_scratch
+from pudnet.evaluation.scratch import train_from_scratch
 from pudnet.files import atomic_path
 from pudnet.predicted import PredictedModel
 from pudnet.predictor import Predictor

@@ -6,9 +6,7 @@ import json
 import logging
 import math
 import os
-import signal
 import tempfile
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from pudnet import checkpoint
 from pudnet.errors import CheckpointError, InputError, message, one_line
 from pudnet.files import atomic_path
+from pudnet.serving import stop_request
 from pudnet.training.config import Settings
 
 logger = logging.getLogger("pudnet")
@@ -217,7 +216,7 @@ def _fit(
             raise InputError(message("train", "run.output", "a folder that can be written", got)) from error
     log = _Log(folder, trainer.steps_done) if chief else None
     last_save = time.monotonic()
-    with _stop_request() as stop_asked, closing(log) if log else nullcontext():
+    with stop_request() as stop_asked, closing(log) if log else nullcontext():
         while trainer.steps_done < config.optimiser.steps:
             metrics = trainer.step()
             done = trainer.steps_done
@@ -231,7 +230,7 @@ def _fit(
                     log.write(done, measured)
                 if on_validation and measured:
                     on_validation(done, measured)
-            stopping = _any_process(stop_asked(), trainer)
+            stopping = _any_process(stop_asked.is_set(), trainer)
             if chief and (stopping or time.monotonic() - last_save > 60 * config.run.checkpoint_minutes):
                 trainer.save(saved)
                 last_save = time.monotonic()
@@ -244,21 +243,6 @@ def _fit(
     if trainer.world > 1:
         dist.barrier()  # torchrun ends all processes when one fails as it leaves: not before the result is written
     return result
-
-
-@contextmanager
-def _stop_request() -> Iterator[Callable[[], bool]]:
-    """Turn SIGINT and SIGTERM into a flag, so that a step is never cut in half; restores the handlers at the end."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-    previous = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from pudnet.evaluation.tasks import GROUPS, Material, available, per_class, unse
 CLASSES = 8  # in each half
 HELD_OUT = [f"a{label}" for label in range(3)], [f"b{label}" for label in range(2, 6)]
 CHEAP = ("predicted-ridge", "predicted-ridge-bfloat16", "predicted-cosine", "predicted-ridge-other", "random-ridge")
-CHEAP += ("pca-ridge", "pixels-ridge", "pixels-mean", "finetune-5", "adam-5")
+CHEAP += ("pca-ridge", "pixels-ridge", "pixels-mean", "finetune-5", "predicted-finetune-1", "adam-5")
 
 
 def write_npz(path: Path, prefix: str, side: int, channels: int, train: int, seed: int) -> None:

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from pudnet.data import Preprocess
+from pudnet.descent import accuracy
 from pudnet.errors import InputError, ShapeError
 from pudnet.evaluation.peers import CLASSIFIERS, fit_pixels
-from pudnet.evaluation.scratch import accuracy, fine_tune, train_from_scratch
+from pudnet.evaluation.scratch import fine_tune, train_from_scratch
 from pudnet.targets.convnet import ConvNet3
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from pudnet.data import Preprocess
+from pudnet.descent import CurvePoint, accuracy
 from pudnet.errors import InputError, ShapeError
 from pudnet.evaluation import train_from_scratch
-from pudnet.evaluation.scratch import CurvePoint, _augmented, accuracy
 from pudnet.targets.convnet import ConvNet3
 
 PREPROCESS = Preprocess(8, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -58,21 +58,6 @@ def test_stops_at_the_target_and_at_the_time_limit() -> None:
     assert never.reached is False and never.epochs == 2
     timed = train_from_scratch(module, *train, 3, PREPROCESS, epochs=100_000, max_seconds=0.2)
     assert timed.epochs < 100_000 and timed.reached is None and timed.curve == ()
-
-
-def test_augmentation_mirrors_and_moves_each_image_by_itself() -> None:
-    one = torch.arange(6 * 6 * 3, dtype=torch.uint8).view(1, 6, 6, 3)
-    images = one.expand(60, -1, -1, -1)
-    generator = torch.Generator().manual_seed(0)
-    assert torch.equal(_augmented(images, False, 0, generator), images)
-    flipped = _augmented(images, True, 0, generator)
-    assert {bool(torch.equal(image, one[0])) for image in flipped} == {True, False}
-    assert all(torch.equal(image, one[0]) or torch.equal(image, one[0].flip(1)) for image in flipped)
-    moved = _augmented(images, False, 1, generator)
-    places = {(dy, dx): one[0, 1 + dy : 5 + dy, 1 + dx : 5 + dx] for dy in (-1, 0, 1) for dx in (-1, 0, 1)}
-    found = [[place for place, part in places.items() if torch.equal(image[1:5, 1:5], part)] for image in moved]
-    assert all(len(place) == 1 for place in found)
-    assert len({place[0] for place in found}) == 9
 
 
 def test_fewer_images_than_a_batch() -> None:
