@@ -9,6 +9,7 @@ All functions change the module they are given: pass a copy that is yours.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +23,13 @@ BATCH_SIZE = 500  # images that BatchNorm is calibrated on at once, at most
 
 
 def set_policy(
-    module: nn.Module, policy: str, images: Tensor | None = None, *, batch_size: int = BATCH_SIZE, seed: int = 0
+    module: nn.Module,
+    policy: str,
+    images: Tensor | None = None,
+    *,
+    batch_size: int = BATCH_SIZE,
+    seed: int = 0,
+    run: Callable[[Tensor], object] | None = None,
 ) -> None:
     """Give every BatchNorm of ``module`` one policy and put the module in eval mode.
 
@@ -30,7 +37,7 @@ def set_policy(
         module: changed in place.
         policy: ``"calibrated"``, ``"batch"`` or ``"shared"``.
         images: ``[n, 3, H, W]``, as the network reads them; a random sample of the dataset. Needed by ``calibrated``.
-        batch_size, seed: see :func:`calibrate`.
+        batch_size, seed, run: see :func:`calibrate`.
 
     Raises:
         InputError: unknown policy; ``calibrated`` without images; ``shared`` on a module without running statistics;
@@ -42,7 +49,7 @@ def set_policy(
     if policy == "calibrated":
         if images is None:
             raise InputError(message("set_policy", "images", "given for the policy 'calibrated'", "None"))
-        calibrate(module, images, batch_size, seed=seed)
+        calibrate(module, images, batch_size, seed=seed, run=run)
         return
     for norm in _batch_norms(module):
         if policy == "batch":
@@ -57,7 +64,14 @@ def set_policy(
 
 
 @torch.no_grad()
-def calibrate(module: nn.Module, images: Tensor, batch_size: int = BATCH_SIZE, *, seed: int = 0) -> None:
+def calibrate(
+    module: nn.Module,
+    images: Tensor,
+    batch_size: int = BATCH_SIZE,
+    *,
+    seed: int = 0,
+    run: Callable[[Tensor], object] | None = None,
+) -> None:
     """Set the running statistics of every BatchNorm in ``module`` from ``images``; leave the module in eval mode.
 
     Only the BatchNorm layers run in train mode (dropout stays off), and their momentum is put back. The *population*
@@ -71,6 +85,8 @@ def calibrate(module: nn.Module, images: Tensor, batch_size: int = BATCH_SIZE, *
         images: ``[n, 3, H, W]`` floating point, as the network reads them; a random sample of the dataset.
         batch_size: most images per batch.
         seed: of the split into batches.
+        run: runs ``module`` on a batch, to make use of what it computes; None to call it. Where some BatchNorm layer
+            is not reached by ``run``, the module is called as well.
 
     Raises:
         ShapeError: ``images`` is not 4-D. DtypeError: it is not floating point.
@@ -98,7 +114,9 @@ def calibrate(module: nn.Module, images: Tensor, batch_size: int = BATCH_SIZE, *
             handles.append(norm.register_forward_pre_hook(_require_two_values))
             handles.append(norm.register_forward_hook(moments[norm].add))
         for batch in _batches(images, batch_size, seed):
-            module(batch)
+            (run or module)(batch)
+            if run is not None and not all(moments[norm].values for norm in norms):
+                module(batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError, message, one_line
 from pudnet.features import Layers, pool_features
 
-Batch = tuple[Sequence[Tensor], Tensor]  # feature maps, labels [b]
+Batch = tuple[Sequence[Tensor] | Tensor, Tensor]  # feature maps or what Head.pool made of them, labels [b]
 
 # Released PudNet's initial temperature; kept where nothing can be left out to measure a better one.
 INITIAL_TEMPERATURE = 10.0
@@ -90,8 +90,12 @@ class Head(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Feature maps ``[n, C, h, w]`` or ``[n, F]`` each -> logits ``[n, K]``."""
-        features = pool_features(maps, self.layers, spread=self.spread)
-        return self.temperature * self.scores(features.to(self.weight.dtype))
+        return self.temperature * self.scores(self.pool(maps).to(self.weight.dtype))
+
+    @classmethod
+    def pool(cls, maps: Sequence[Tensor]) -> Tensor:
+        """Feature maps -> the features ``[n, F]`` that heads of this kind read."""
+        return pool_features(maps, cls.layers, spread=cls.spread)
 
     def scores(self, features: Tensor) -> Tensor:
         """Pooled features ``[n, F]`` -> scores before calibration ``[n, K]``."""
@@ -163,6 +167,8 @@ class HeadFitter:
     @torch.no_grad()
     def add(self, batches: Iterable[Batch]) -> None:
         """Add images: (feature maps, integer labels ``[b]``), in any order and batches of any size; read once.
+
+        In place of maps may be what :meth:`Head.pool` made of them, ``[b, F]``.
 
         Raises:
             InputError: a label outside 0..K-1, features that are not finite. ShapeError, DtypeError: labels or maps of
@@ -388,7 +394,7 @@ def _pooled_chunks(
     pending: list[tuple[Tensor, Tensor]] = []
     rows = 0
     for maps, labels in batches:
-        features = pool_features(maps, head.layers, spread=head.spread).to(torch.float32)
+        features = (maps if isinstance(maps, Tensor) else head.pool(maps)).to(torch.float32)
         _check_rows("fit_head", features, labels, num_classes)
         width = width or features.shape[1]
         if features.shape[1] != width:
@@ -771,11 +777,14 @@ def _dual_solver(x: Tensor, labels: Tensor, counts: Tensor) -> tuple[Solver, flo
             return None
         inverse = torch.cholesky_inverse(factor)  # [n, n]
         slack = lam * inverse.diagonal() - lam / (n * (lift + lam))
-        dual = inverse @ targets.to(inverse.dtype)  # [n, K]
+        # The inverse is symmetric, with columns side by side in memory: from the left it is read several times faster.
+        dual = (targets.T.to(inverse.dtype) @ inverse).T  # [n, K]
         scores, error = _loo_scores(labels, num_classes, lam * dual, slack)
         # The error is the mean square of dual / gap, gap = slack / lam; A' = -A A for the inverse A.
-        gap, gap_slope = slack / lam, 1 / (n * (lift + lam) ** 2) - torch.linalg.vector_norm(inverse, dim=1).square()
-        slope = -(dual / gap[:, None].square() * (inverse @ dual + dual * (gap_slope / gap)[:, None])).sum().item()
+        gap = slack / lam
+        gap_slope = 1 / (n * (lift + lam) ** 2) - torch.linalg.vector_norm(inverse, dim=0).square()
+        dual_slope = -(dual.T @ inverse).T
+        slope = (dual * (dual_slope - dual * (gap_slope / gap)[:, None]) / gap[:, None].square()).sum().item()
 
         def weights() -> tuple[Tensor, Tensor]:
             weight = (dual.to(centred.dtype).T @ centred).double()  # [K, F]

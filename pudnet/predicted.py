@@ -21,7 +21,7 @@ from pudnet.checkpoint import HubOptions
 from pudnet.data import ImageSource, Preprocess, open_images
 from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError, message, one_line
 from pudnet.features import feature_maps
-from pudnet.heads import Head, HeadFitter, head_from_config
+from pudnet.heads import HEADS, Head, HeadFitter, head_from_config
 from pudnet.serving import Halves, Token, is_out_of_memory
 from pudnet.sketch import Sketch
 from pudnet.stages import StageClock
@@ -29,6 +29,7 @@ from pudnet.targets import build_target
 
 BATCH = 256
 CPU_BATCH = 32  # activations that stay in the cache: half the time of batches of 256 (convnet3)
+REUSE_BYTES = 2**28  # of the sketch's feature maps at most, where calibration keeps them for the head
 HEAD_PREFIX, FITTER_PREFIX = f"{checkpoint.OWN_PREFIX}head.", f"{checkpoint.OWN_PREFIX}fitter."
 
 
@@ -410,13 +411,17 @@ def finish(
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     halves = Halves(batchnorm != "batch")
-    images = _prepared(preprocess, preprocess.resize(sketch.images), device)
+    sketched = preprocess.resize(sketch.images)
     fitter = HeadFitter(head, len(source.classes), seed=seed)
     with clock.stage("calibration"):
-        calibrated_on = _set_policy(network, batchnorm, images, seed)
+        images = _prepared(preprocess, sketched, device)
+        calibrated_on, features = _set_policy(network, batchnorm, images, seed, HEADS[head])
+        known = None
+        if features is not None and len(sketch.streams) == 1:
+            known = _Known(sketch.indices, sketched, features)
     with clock.stage("head"):
         batches = clock.iterate("reading", ordered(source, batchnorm, seed))
-        fitter.add(_mapped(network, preprocess, batches, batchnorm, clock, halves))
+        fitter.add(_mapped(network, preprocess, batches, batchnorm, clock, halves, known))
         fitter = reduce(fitter) if reduce else fitter
         fitted = fitter.fit()
     kept = fitter if growable else None
@@ -447,15 +452,22 @@ def _mapped(
     batchnorm: str,
     clock: StageClock,
     halves: Halves,
-) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Feature maps and labels of every image."""
+    known: _Known | None = None,
+) -> Iterator[tuple[list[Tensor] | Tensor, Tensor]]:
+    """Feature maps, or features that are known, and labels of every image."""
     device = _device_of(network)
 
     def maps_of(piece: Tensor) -> list[Tensor]:
         clock.check()
         return feature_maps(network, _prepared(preprocess, piece, device))
 
+    start = 0
     for images, labels in batches:
+        if known is not None:
+            new, at, features = known.find(start, images)
+            yield features, labels[at]
+            start += len(images)
+            images, labels = images[new], labels[new]
         done = 0
         for piece in _pieces(images, batchnorm, device):
             for maps, count in halves.run(maps_of, piece):
@@ -463,18 +475,61 @@ def _mapped(
                 done += count
 
 
-def _set_policy(network: nn.Module, batchnorm: str, images: Tensor, seed: int) -> int | None:
-    """``set_policy``; where memory runs out, in smaller batches, whose size is returned."""
+class _Known(NamedTuple):
+    """Images whose features are known: positions in the source ``[S]``, pixels ``[S, ...]``, features ``[S, F]``."""
+
+    positions: Tensor
+    images: Tensor
+    features: Tensor
+
+    def find(self, start: int, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the ``images [b, ...]`` from ``start`` on: which are new ``[b]``, where the others are, their features."""
+        rows = torch.nonzero((self.positions >= start) & (self.positions < start + len(images)))[:, 0]
+        at = self.positions[rows] - start
+        same = (images[at] == self.images[rows]).flatten(1).all(1)  # a sketch may be of something else
+        new = torch.ones(len(images), dtype=torch.bool)
+        new[at[same]] = False
+        return new, at[same], self.features[rows[same].to(self.features.device)]
+
+
+def _set_policy(
+    network: nn.Module, batchnorm: str, images: Tensor, seed: int, head: type[Head]
+) -> tuple[int | None, Tensor | None]:
+    """``set_policy``; where memory runs out, in smaller batches, whose size is returned.
+
+    Calibration on one batch has already computed what ``head`` reads of the images: also returned, unless it is large.
+    """
     size = most = min(BATCH_SIZE, len(images))
+    pooled: list[Tensor] = []
+
+    def run(batch: Tensor) -> None:
+        pooled[:] = [head.pool(feature_maps(network, batch))]
+
+    network.eval()
+    reuse = batchnorm == "calibrated" and size == len(images) and _maps_fit(network, images)
     while True:
         try:
-            set_policy(network, batchnorm, images, batch_size=size, seed=seed)
+            set_policy(network, batchnorm, images, batch_size=size, seed=seed, run=run if reuse else None)
         except Exception as error:
-            if not is_out_of_memory(error) or size <= CPU_BATCH:
+            if not is_out_of_memory(error) or (size <= CPU_BATCH and not reuse):
                 raise
         else:
-            return None if size == most else size
-        size //= 2
+            return None if size == most else size, pooled[0] if reuse else None
+        if not reuse:  # less memory is needed without
+            size //= 2
+        reuse = False
+
+
+def _maps_fit(network: nn.Module, images: Tensor) -> bool:
+    """Whether the feature maps of all images take at most REUSE_BYTES."""
+    few = images[:2]
+    try:
+        taken = sum(found.numel() * found.element_size() for found in feature_maps(network, few))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return taken / len(few) * len(images) <= REUSE_BYTES
 
 
 def _memory_warnings(calibrated_on: int | None, read: int | None) -> list[str]:

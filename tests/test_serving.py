@@ -213,14 +213,14 @@ def test_images_are_read_in_halves(predictor: pudnet.Predictor, memory_for_ten: 
 
 def test_calibration_in_halves(predictor: pudnet.Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
     many = np.concatenate([GOOD[3][0]] * 10), np.concatenate([GOOD[3][1]] * 10)
-    expected, forward = predictor.predict(*many), type(predictor.net.target).forward
+    expected, forward = predictor.predict(*many), type(predictor.net.target).feature_maps
 
-    def limited(self: Any, x: Tensor) -> Tensor:
+    def limited(self: Any, x: Tensor) -> list[Tensor]:
         if len(x) > 50:
             raise torch.OutOfMemoryError
         return forward(self, x)
 
-    monkeypatch.setattr(type(predictor.net.target), "forward", limited)
+    monkeypatch.setattr(type(predictor.net.target), "feature_maps", limited)
     model = predictor.predict(*many)
     assert model.report["warnings"] == ["memory ran out: BatchNorm is calibrated on batches of 37 images"]  # 150 / 4
     assert same(model, expected, 0.3)
