@@ -282,6 +282,10 @@ class Branching(nn.Module):
 def test_an_attribute_that_steers_the_forward_makes_another_graph(ghn: GHN) -> None:
     assert len(ghn.graph(Branching(True)).nodes) == 4 and len(ghn.graph(Branching(False)).nodes) == 3
     assert fingerprint(Branching([1])) is None  # a list may change unseen: traced anew
+    with_parameter, with_buffer = nn.Module(), nn.Module()
+    with_parameter.register_parameter("scale", nn.Parameter(torch.ones(2)))
+    with_buffer.register_buffer("scale", torch.ones(2))
+    assert fingerprint(with_parameter) != fingerprint(with_buffer)
     module = Branching([1])
     assert len(ghn.graph(module).nodes) == 4
     module.option.clear()  # type: ignore[attr-defined]

@@ -390,7 +390,7 @@ def _held(tracer: Tracer, module: nn.Module, attribute: str) -> Any:
     tensor = module._parameters.get(attribute)
     if tensor is not None:
         return tracer.parameter(tensor)
-    return module.__dict__.get(attribute) or (torch.empty(0) if attribute in dir(type(module)) else None)
+    return module.__dict__.get(attribute) or (torch.empty(0) if hasattr(type(module), attribute) else None)
 
 
 def _conv_module(tracer: Tracer, m: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Value:

@@ -225,7 +225,10 @@ class Tracer(fx.Tracer):
             raise InputError(message(WHERE, "module", "a network that returns one tensor", kind, hint))
         unused = [name for name in self.shapes if name not in self.owners]
         parameters = [self.owners[name] for name in self.shapes if name in self.owners]
-        return assemble(self.nodes, self.predecessors, parameters, unused, sorted(self.output.sources))
+        found = assemble(self.nodes, self.predecessors, parameters, unused, sorted(self.output.sources))
+        # Values hold the tracer that holds them: so they go at once, not in a garbage collection.
+        self.output, self.known = None, {}
+        return found
 
     def _check_signature(self) -> None:
         parameters = inspect.signature(self.module.forward).parameters.values()

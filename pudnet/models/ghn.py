@@ -366,19 +366,19 @@ def fingerprint(module: nn.Module) -> Hashable | None:
     """
     found: list[Hashable] = []
     for path, child in module.named_modules(remove_duplicate=False):
-        plain = []
+        found += (path, type(child))
         for name, value in child.__dict__.items():
             if name in _HELD:
                 continue
             if not _is_plain(value):
                 return None
-            plain.append((name, value))
-        held = [
-            (name, None if tensor is None else (tensor.shape, tensor.dtype))
-            for name, tensor in (*child._parameters.items(), *child._buffers.items())
-        ]
-        found.append((path, type(child), tuple(plain), tuple(held)))
-    return tuple(found)
+            found += (name, value)
+        for tensors in (child._parameters, child._buffers):
+            found.append(None)  # in place of a name: here another list begins
+            for name, tensor in tensors.items():
+                found += (name, None) if tensor is None else (name, tensor.dtype, *tensor.shape)
+        found.append(None)
+    return tuple(found)  # flat: thousands of small tuples would bring on full garbage collections
 
 
 _HELD = frozenset(nn.Module().__dict__) - {"training"}  # containers every module has; hooks do not shape a graph

@@ -119,13 +119,14 @@ class GraphEncoder(nn.Module):
         for k, graph in enumerate(graphs):
             for node in graph.nodes:
                 primitives.append(PRIMITIVES.index(node.primitive))
-                sizes.append(self._rows(node.shape))
+                sizes += self._rows(node.shape)
                 owner.append(k)
         traversals: tuple[Traversal, ...] = ()
         if self.walk is not None:
             edges = [self._edges(graph) for graph in graphs]
             traversals = (self._traversal(graphs, edges, False), self._traversal(graphs, edges, True))
-        return GraphBatch(tuple(graphs), torch.tensor(primitives), torch.tensor(sizes), torch.tensor(owner), traversals)
+        rows = torch.tensor(sizes).view(-1, 4)
+        return GraphBatch(tuple(graphs), torch.tensor(primitives), rows, torch.tensor(owner), traversals)
 
     def _rows(self, shape: tuple[int, int, int, int] | None) -> tuple[int, int, int, int]:
         channel, kernel = self.channels, self.kernels
