@@ -364,7 +364,7 @@ def fingerprint(module: nn.Module) -> Hashable | None:
     Two modules with equal fingerprints run the same code with the same settings. An attribute of any other kind (an
     object, a list) could change the forward unseen: then nothing is remembered.
     """
-    found: list[Hashable] = []
+    found: list[Any] = []
     for path, child in module.named_modules(remove_duplicate=False):
         found += (path, type(child))
         for name, value in child.__dict__.items():

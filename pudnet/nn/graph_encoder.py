@@ -115,7 +115,8 @@ class GraphEncoder(nn.Module):
 
     def batch(self, graphs: Sequence[ArchGraph]) -> GraphBatch:
         """Turn graphs into the tensors ``forward`` takes."""
-        primitives, sizes, owner = [], [], []
+        primitives, owner = [], []
+        sizes: list[int] = []
         for k, graph in enumerate(graphs):
             for node in graph.nodes:
                 primitives.append(PRIMITIVES.index(node.primitive))
