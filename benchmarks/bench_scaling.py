@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/bench_scaling.py          # or: make bench-scaling; 15 minutes
 
-Writes results/scaling-<machine>.json after every part, with the exponent b of a fit  time = a * size^b  over all sizes
-and over the larger half of them (on the logarithmic axis), where what does not depend on the size weighs less.
+Writes results/scaling-<machine>.json after every part, where curves of other parts stay, each with its date and commit,
+with the exponent b of a fit  time = a * size^b  over all sizes and over the larger half of them (on the logarithmic
+axis), where what does not depend on the size weighs less.
 `python benchmarks/report.py` draws it. Times are medians (see timing.py), memory is what one run adds at its highest.
 """
 
@@ -169,13 +170,17 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     document: dict[str, Any] = {"environment": environment(), "command": "make bench-scaling", "curves": {}}
+    if options.output.exists():
+        document["curves"] = json.loads(options.output.read_text())["curves"]
     with torch.no_grad():
         for name in options.only:
             if name == "GHN":
-                document["curves"] |= ghn_curves(max(3, int(options.seconds)))
+                found = ghn_curves(max(3, int(options.seconds)))
             else:
                 sizes = [size for size in PARTS[name].sizes if size <= options.most]
-                document["curves"][name] = curve(PARTS[name], sizes, options.seconds)
+                found = {name: curve(PARTS[name], sizes, options.seconds)}
+            measured = {key: document["environment"][key] for key in ("date", "commit", "load_average")}
+            document["curves"] |= {key: value | {"measured": measured} for key, value in found.items()}
             options.output.parent.mkdir(exist_ok=True)
             options.output.write_text(json.dumps(document, indent=1) + "\n")
 

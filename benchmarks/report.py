@@ -178,7 +178,17 @@ def scaling_section(results: Path, page: Path) -> list[str]:
         lines += provenance(document["environment"])
         drawn = draw_scaling(document, path.with_suffix(".svg"))
         lines += picture(drawn, page, "Seconds against sizes")
-        header = ["cost of", "against", "with", "sizes", "seconds", "peak MB", "exponent", "exponent, larger half"]
+        header = [
+            "cost of",
+            "against",
+            "with",
+            "sizes",
+            "seconds",
+            "peak MB",
+            "exponent",
+            "exponent, larger half",
+            "commit",
+        ]
         rows = []
         for curve in document["curves"].values():
             first, last = curve["points"][0], curve["points"][-1]
@@ -189,6 +199,7 @@ def scaling_section(results: Path, page: Path) -> list[str]:
                 f"{number(first['seconds'])} to {number(last['seconds'])}",
                 "" if None in memory else " to ".join(number(m / 1e6) for m in memory),
                 *(number(curve["exponents"][name], 2) for name in ("all", "upper_half")),
+                f"{curve['measured']['commit']}, load {number(curve['measured']['load_average'])}",
             ])  # fmt: skip
         lines += table(header, rows, text_columns=3)
     return lines

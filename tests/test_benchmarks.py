@@ -18,6 +18,7 @@ from pudnet import _extension
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import bench_scaling
 import compare
 import report
 import timing
@@ -110,6 +111,16 @@ def test_exponents() -> None:
 def test_the_report_says_what_is_not_measured(tmp_path: Path) -> None:
     text = report.write(tmp_path, tmp_path / "performance.md")
     assert text.count("Not measured yet.") == len(report.SECTIONS)
+
+
+def test_curves_not_measured_again_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = bench_scaling.Part("nothing", "size", "none", (1, 2), lambda size: lambda: None)
+    monkeypatch.setattr(bench_scaling, "PARTS", {"one": part, "other": part})
+    output = tmp_path / "scaling.json"
+    for name in ("one", "other"):
+        monkeypatch.setattr(sys, "argv", ["", "--only", name, "--seconds", "0", "--output", str(output)])
+        bench_scaling.main()
+    assert set(json.loads(output.read_text())["curves"]) == {"one", "other"}
 
 
 def test_two_runs_mark_what_they_do_not_agree_on(tmp_path: Path) -> None:
