@@ -271,7 +271,7 @@ def test_finetune(model: Path, data: Path, tmp_path: Path) -> None:
 def test_interrupted_fine_tuning_goes_on(model: Path, data: Path, tmp_path: Path) -> None:
     output, whole = tmp_path / "tuned.safetensors", tmp_path / "whole.safetensors"
     saved = tmp_path / "tuned.safetensors.checkpoint"
-    arguments = ["finetune", model, data, "--epochs", 60, "--batch-size", 4, "--validation", 0]
+    arguments = ["finetune", model, data, "--epochs", 30, "--batch-size", 4, "--validation", 0]
     process = subprocess.Popen(
         [sys.executable, "-m", "pudnet", *map(str, arguments), "-o", str(output)],
         stderr=subprocess.PIPE,
