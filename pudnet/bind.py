@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from pudnet.errors import InputError, message
 from pudnet.specs import WeightLayout
+
+Method = str | Callable[[nn.Module, Tensor], Any]
 
 
 def strip(module: nn.Module, layout: WeightLayout) -> nn.Module:
@@ -33,27 +35,27 @@ def _all_names(layout: WeightLayout, weights: Mapping[str, Tensor]) -> dict[str,
 
 
 def call(
-    stripped: nn.Module, layout: WeightLayout, weights: Mapping[str, Tensor], x: Tensor, method: str = "forward"
+    stripped: nn.Module, layout: WeightLayout, weights: Mapping[str, Tensor], x: Tensor, method: Method = "forward"
 ) -> Any:
     """Run ``stripped`` on ``x`` with ``weights`` ``{name: [O, I, kH, kW]}``; differentiable in both.
 
     BatchNorm follows the module's mode: in training mode it uses batch statistics and updates its running ones.
 
     Args:
-        method: the method to run; ``"feature_maps"`` for the outputs of all layers.
+        method: name of the method to run, or a function of the module and ``x``.
     """
     return torch.func.functional_call(_Method(stripped, method), _prefixed(_all_names(layout, weights)), (x,))
 
 
 class _Method(nn.Module):
-    """Makes any method callable through ``functional_call``."""
+    """Makes any method or function callable through ``functional_call``."""
 
-    def __init__(self, inner: nn.Module, method: str) -> None:
+    def __init__(self, inner: nn.Module, method: Method) -> None:
         super().__init__()
         self.inner, self.method = inner, method
 
     def forward(self, x: Tensor) -> Any:
-        return getattr(self.inner, self.method)(x)
+        return getattr(self.inner, self.method)(x) if isinstance(self.method, str) else self.method(self.inner, x)
 
 
 def _prefixed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

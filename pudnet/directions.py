@@ -5,6 +5,7 @@ n images, C channels, k x k kernels, P = C * k * k values of a patch, K classes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,9 +16,13 @@ from torch import Tensor, nn
 
 from pudnet import ops
 from pudnet.errors import InputError, ShapeError, message
+from pudnet.features import feature_maps
+from pudnet.heads import fit_head
 
 RANK_TOLERANCE = 1e-5  # a direction with a smaller share of the largest variance is numerical noise
-SHRINKAGE = 0.1  # of the scatter within classes towards its mean variance
+SHRINKAGE = 0.5  # of the scatter within classes towards its mean variance
+TRIAL = 600  # images at most on which directions are tried
+SAMPLES = 12  # patches that a scatter is estimated from, in units of their dimension P, where there are more
 
 
 def principal_directions(x: Tensor, count: int, kernel_size: int) -> Tensor:
@@ -70,17 +75,28 @@ def fisher_directions(
     class_means = torch.einsum("nk,nchw->kchw", members, x) / sizes.clamp_min(1.0).view(-1, 1, 1, 1)
     shares = (sizes / len(x)).sqrt().view(-1, 1, 1, 1)
     between = len(sizes) * _second_moment((class_means - mean) * shares, kernel_size)  # [P, P]
-    within = _second_moment(x - mean, kernel_size) - between
+    within = _second_moment(x - class_means[labels], kernel_size)
     within.diagonal().add_(shrinkage * within.diagonal().mean())
-    inverse = torch.linalg.inv(torch.linalg.cholesky(within))
+    root = torch.linalg.cholesky(within)
+    inverse = torch.linalg.solve_triangular(root, torch.eye(len(root)).to(root), upper=False)
     _, vectors = torch.linalg.eigh(inverse @ between @ inverse.T)  # ascending
     return _kernels(vectors.flip(1)[:, :count].T @ inverse, x, kernel_size)
 
 
 def _second_moment(x: Tensor, kernel_size: int) -> Tensor:
-    """Mean outer product of all patches, float64 ``[P, P]``."""
-    means, covariances, _ = ops.patch_covariance(x, kernel_size=kernel_size)
-    return covariances.double() + torch.outer(means, means).double()
+    """Mean outer product of all patches, or of many: float64 ``[P, P]``."""
+    n, channels, height, width = x.shape
+    rows, columns = height - kernel_size + 1, width - kernel_size + 1
+    dimension = channels * kernel_size**2
+    if n * rows * columns <= SAMPLES * dimension:
+        patches = F.unfold(x, kernel_size).transpose(1, 2).reshape(-1, dimension)
+    else:
+        places = rows * columns
+        chosen = torch.randint(n * places, (SAMPLES * dimension,), generator=torch.Generator().manual_seed(0))
+        image, place = chosen.to(x.device) // places, chosen.to(x.device) % places
+        windows = x.unfold(2, kernel_size, 1).unfold(3, kernel_size, 1)  # [n, C, rows, columns, k, k], a view
+        patches = windows[image, :, place // columns, place % columns].flatten(1)
+    return (patches.T @ patches / len(patches)).double()
 
 
 def _kernels(rows: Tensor, x: Tensor, kernel_size: int) -> Tensor:
@@ -91,10 +107,12 @@ def _kernels(rows: Tensor, x: Tensor, kernel_size: int) -> Tensor:
 def insert_directions(
     network: nn.Module,
     images: Tensor,
-    pairs: Mapping[nn.Conv2d, int],
+    pairs: Mapping[nn.Module, int],
     find: Callable[[Tensor, int, int], Tensor],
 ) -> None:
     """Replace the last kernels of some convolutions by directions of what these read, layer by layer in one pass.
+
+    The kernels that stay do not read the directions of the convolution before: they were made without them.
 
     Each direction comes with its negative (ReLU would lose the half of each that is below the mean), at the mean norm
     of the kernels that stay (unit norm where none does). A layer that is called twice keeps the kernels of its first
@@ -103,21 +121,25 @@ def insert_directions(
     Args:
         network: changed in place; in eval mode afterwards.
         images: ``[n, 3, H, W]``, as the network reads them: a random sample of the dataset.
-        pairs: directions to put into each convolution; where fewer are found, the kernels in excess stay.
+        pairs: directions to put into each convolution, in the order in which they read each other; where fewer are
+            found, the kernels in excess stay.
         find: ``(x, count, kernel_size) -> [m, C, k, k]``, one of the functions above.
 
     Raises:
         InputError: a convolution with groups, dilation or an oblong kernel, or with fewer than ``2 * pairs`` kernels.
     """
     for conv, count in pairs.items():
-        _require_plain("insert_directions", conv, count)
-    made: set[nn.Module] = set()
+        require_plain("insert_directions", conv, count)
+    made: dict[nn.Conv2d, int] = {}  # kernels replaced in each convolution so far
 
     def before(conv: nn.Module, inputs: tuple[Any, ...]) -> None:
         if isinstance(conv, nn.Conv2d) and conv not in made:
-            made.add(conv)
             found = find(inputs[0], pairs[conv], conv.kernel_size[0])
             kept = conv.weight[: conv.out_channels - 2 * len(found)]
+            before_it, replaced = list(made.items())[-1] if made else (conv, 0)
+            if replaced and conv.in_channels == before_it.out_channels:
+                kept[:, conv.in_channels - replaced :] = 0
+            made[conv] = 2 * len(found)
             norm = kept.flatten(1).norm(dim=1).mean() if len(kept) else 1.0
             conv.weight[len(kept) :] = norm * torch.cat([found, -found])
 
@@ -130,13 +152,49 @@ def insert_directions(
             handle.remove()
 
 
-def _require_plain(where: str, conv: nn.Conv2d, count: int) -> None:
-    plain = conv.groups == 1 and set(conv.dilation) == {1} and len(set(conv.kernel_size)) == 1
-    if count and not plain:
-        rule = "0 for a convolution with groups, dilation or an oblong kernel"
-        raise InputError(message(where, "pairs", rule, count))
+def require_plain(where: str, conv: nn.Module, count: int) -> None:
+    """Refuse ``count`` pairs for a convolution that cannot take them."""
+    if not count:
+        return
+    if not isinstance(conv, nn.Conv2d) or conv.groups > 1 or {*conv.dilation} != {1} or len({*conv.kernel_size}) > 1:
+        rule = "0 for a convolution that is transposed, or has groups, dilation or an oblong kernel"
+        raise InputError(message(where, "directions", rule, count))
     if not 0 <= 2 * count <= conv.out_channels:
-        raise InputError(message(where, "pairs", f"0 to {conv.out_channels // 2}, half the kernels", count))
+        raise InputError(message(where, "directions", f"0 to {conv.out_channels // 2}, half the kernels", count))
+
+
+@torch.no_grad()
+def helps(
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    insert: Callable[[nn.Module, Tensor, Tensor], object],
+) -> bool:
+    """Whether a ridge head does better on a network with the dataset's directions than on the network as it is.
+
+    Cross-fitted: the directions come from one half of the images, the leave-one-out error of the head from the other.
+    On the same images directions look better than they are, as they were made with these labels.
+
+    Args:
+        network: stays as it is.
+        images: ``[n, 3, H, W]``, a random sample of the dataset; at most ``TRIAL`` of them are used.
+        labels: int64 ``[n]``.
+        insert: puts directions of such images into a network.
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:TRIAL].to(images.device)
+    made_of, tried_on = order[: len(order) // 2], order[len(order) // 2 :]
+    classes, answers = labels[tried_on].unique(return_inverse=True)
+    if len(classes) < 2 or len(labels[made_of].unique()) < 2:
+        return False
+    plain, directed = copy.deepcopy(network), copy.deepcopy(network)
+    with normalising_by_batch(plain):
+        plain(images[made_of])
+    insert(directed, images[made_of], labels[made_of])
+    errors = []
+    for trial in (plain, directed):
+        head = fit_head("ridge", [(feature_maps(trial, images[tried_on]), answers)], len(classes))
+        errors.append(head.info["loo_squared_error"])
+    return bool(errors[1] < errors[0])
 
 
 @contextmanager

@@ -401,7 +401,7 @@ def finish(
     Args:
         network: with weights from anywhere; it becomes part of the model and is changed.
         source: the training images.
-        sketch: the random sample of them that BatchNorm is calibrated on.
+        sketch: a random sample of them; BatchNorm is calibrated on at most 500 of its images.
         growable: the model keeps what ``PredictedModel.add`` needs.
         clock: to go on counting on; None for a new one.
         reduce: what the head remembers of ``source`` -> what it remembers of all shards.
@@ -411,14 +411,16 @@ def finish(
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     halves = Halves(batchnorm != "batch")
-    sketched = preprocess.resize(sketch.images)
+    # As many as one batch has: a random part, as the images of a small sketch may be in the order of their classes.
+    part = torch.randperm(len(sketch.images), generator=torch.Generator().manual_seed(seed))[:BATCH_SIZE].sort().values
+    sketched = preprocess.resize(sketch.images[part])
     fitter = HeadFitter(head, len(source.classes), seed=seed)
     with clock.stage("calibration"):
         images = _prepared(preprocess, sketched, device)
         calibrated_on, features = _set_policy(network, batchnorm, images, seed, HEADS[head])
         known = None
         if features is not None and len(sketch.streams) == 1:
-            known = _Known(sketch.indices, sketched, features)
+            known = _Known(sketch.indices[part], sketched, features)
     with clock.stage("head"):
         batches = clock.iterate("reading", ordered(source, batchnorm, seed))
         fitter.add(_mapped(network, preprocess, batches, batchnorm, clock, halves, known))

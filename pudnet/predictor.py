@@ -35,7 +35,7 @@ from pudnet.stages import STAGES, StageClock
 
 __all__ = ["Classification", "PredictedModel", "Predictor", "finish", "load"]
 
-SKETCH_SIZE = 500
+SKETCH_SIZE = 1000
 
 
 class Predictor(hub.Shared):
@@ -445,7 +445,9 @@ class Predictor(hub.Shared):
         clock: StageClock,
         reduce: Callable[[HeadFitter], HeadFitter] | None = None,
     ) -> PredictedModel:
-        """``finish``, and what made the model; ``seen`` is the sketch that decided the weights."""
+        """Directions and ``finish``, and what made the model; ``seen`` is the sketch that decided the weights."""
+        with clock.stage("directions"):
+            self.net.insert_directions(network, seen)
         options = {name: settings[name] for name in ("head", "batchnorm", "seed", "growable")}
         model = finish(network, source, sample, self.net.preprocess, clock=clock, reduce=reduce, **options)
         model.target_name = self.net.target_name

@@ -16,7 +16,7 @@ from pudnet.serving import Token, Watched, check
 
 T = TypeVar("T")
 
-STAGES = ("reading", "sketch", "weights", "calibration", "head")
+STAGES = ("reading", "sketch", "weights", "directions", "calibration", "head")
 
 
 class StageClock:

@@ -124,7 +124,7 @@ def test_predict_json(tiny: Path, data: Path, tmp_path: Path) -> None:
     found = run_json(
         "predict", data, "-o", out, "--checkpoint", tiny, "--head", "cosine", "--seed", 7, "--device", "cpu"
     )
-    assert {"reading", "sketch", "weights", "calibration", "head", "total"} == set(found["seconds"])
+    assert {"reading", "sketch", "weights", "directions", "calibration", "head", "total"} == set(found["seconds"])
     assert found["n"] == 24 and found["head"]["name"] == "cosine" and found["provenance"]["seed"] == 7
     assert found["model"] == str(out) and pudnet.load(out).report["provenance"] == found["provenance"]
 

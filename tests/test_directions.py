@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pudnet.directions import fisher_directions, insert_directions, principal_directions
+from pudnet.directions import fisher_directions, helps, insert_directions, principal_directions
 from pudnet.errors import InputError, ShapeError
 
 
@@ -83,3 +83,37 @@ def test_insertion_refuses_what_it_cannot_do() -> None:
     grouped = nn.Conv2d(4, 4, 3, groups=2)
     with pytest.raises(InputError, match="groups"):
         insert_directions(grouped, images(4, 4), {grouped: 1}, principal_directions)
+
+
+def test_kernels_that_stay_do_not_read_the_directions_before_them() -> None:
+    net, x = network(), images(30, 3, 8)
+    kept = net[3].weight.detach()[:2, :4].clone()
+    insert_directions(net, x, {net[0]: 2, net[3]: 2}, principal_directions)
+    assert torch.equal(net[3].weight[:2, :4], kept) and not net[3].weight[:2, 4:].any()
+
+
+def bars(n: int, side: int = 8) -> tuple[Tensor, Tensor]:
+    """Two classes: a faint bar that is upright or lies, somewhere, in noise."""
+    labels = torch.arange(n) % 2
+    x = images(n, 3, side, seed=1)
+    for image, label in zip(x, labels.tolist(), strict=True):
+        (image[:, 2] if label else image[:, :, 2]).add_(2.0)
+    return x, labels
+
+
+def test_directions_help_where_labels_mean_something_and_not_where_they_do_not() -> None:
+    net, (x, labels) = network(), bars(400)
+
+    def insert(module: nn.Module, x: Tensor, labels: Tensor) -> None:
+        assert isinstance(module, nn.Sequential)
+        find = lambda z, count, size: fisher_directions(z, labels, count, size)  # noqa: E731
+        insert_directions(module, x, {module[0]: 4}, find)
+
+    def spoil(module: nn.Module, x: Tensor, labels: Tensor) -> None:
+        insert_directions(module, x, {module[3]: 3}, lambda z, count, size: torch.zeros(count, 8, size, size))
+
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    assert helps(net, x, labels, insert)
+    assert not helps(net, x, labels, spoil)
+    assert not helps(net, x, torch.zeros_like(labels), insert)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())

@@ -14,7 +14,12 @@ PACKAGE, KERNELS = ROOT / "pudnet", ROOT / "kernels"
 BASE = {"errors", "files", "_version"}
 OPS = {"ops", "backends", "_extension", "specs"} | BASE
 DATA = {"data", "sketch"} | BASE | {"ops"}
-MODELS = {"nn", "models", "bind", "targets", "graphs", "checkpoint", "hub", "batchnorm"} | OPS | DATA
+MODELS = {
+    *("nn", "models", "bind", "targets", "graphs", "checkpoint", "hub", "batchnorm"),
+    *("directions", "features", "heads"),
+    *OPS,
+    *DATA,
+}
 USERS = {
     "predictor",
     "predicted",
@@ -56,7 +61,7 @@ ALLOWED = {
     "data": {"ops"} | BASE,
     "sketch": {"data", "ops"} | BASE,
     "features": {"errors"},
-    "directions": {"ops", "errors"},
+    "directions": {"ops", "errors", "features", "heads"},
     "heads": {"features", "ops", "errors"},
     "batchnorm": {"errors"},
     "models": MODELS,

@@ -198,7 +198,7 @@ def test_stages_count_exclusively(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in clock.iterate("reading", slow()):
             now[0] += 3
     now[0] += 100
-    assert clock.seconds == {"reading": 20, "sketch": 0, "weights": 0, "calibration": 0, "head": 7}
+    assert clock.seconds == {"reading": 20, "sketch": 0, "weights": 0, "directions": 0, "calibration": 0, "head": 7}
     assert clock.total() == 127
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pudnet.data import Preprocess
 from pudnet.data.source import open_images
 from pudnet.descent import accuracy
-from pudnet.directions import SHRINKAGE, fisher_directions, insert_directions
+from pudnet.directions import SHRINKAGE
 from pudnet.evaluation.baselines import pca_weights, random_weights
 from pudnet.evaluation.peers import ITERATIONS, TREES, fit_pixels
 from pudnet.evaluation.scratch import FINE_TUNING_LR, fine_tune, scratch_settings, train_from_scratch
@@ -128,7 +128,7 @@ def _predicted(head: str, half: bool = False) -> Callable[[Bench, Task], Outcome
         predictor = bench.half_predictor if half else bench.predictor
         model = predictor.predict(task.train.images, task.train.labels, head=head, seed=task.seed)
         spent = model.report["seconds"]
-        weights = spent["sketch"] + spent["weights"]
+        weights = spent["sketch"] + spent["weights"] + spent["directions"]
         seconds = {"weights": weights, "finish": spent["calibration"] + spent["head"], "total": spent["total"]}
         return Outcome(_top1(bench, model, task), seconds, model.report["expected_accuracy"])
 
@@ -168,34 +168,26 @@ def _pca_of_other(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
 def _predicted_from_other(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
     """The other dataset's sketch decides the convolution weights and nothing else: BatchNorm and head see the task."""
     with torch.no_grad():
-        return bench.predictor.net.materialise(bench.predictor.net.generate(_other_sketch(bench, task)))
+        return bench.predictor.net.network(_other_sketch(bench, task))
 
 
 def _predicted_from_noise(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
-    """Pixels drawn at random: what the hypernetwork makes of no data at all."""
+    """Pixels drawn at random under the sketch's labels: what the hypernetwork makes of no data at all."""
     noise = torch.randint(0, 256, sketch.images.shape, generator=draw(task.seed, "noise"), dtype=torch.uint8)
     with torch.no_grad():
-        return bench.predictor.net.materialise(bench.predictor.net.generate(noise))
+        return bench.predictor.net.network(bench.predictor.sketch(noise, sketch.labels, seed=task.seed))
 
 
-def _with_fisher(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
-    """Predicted weights, but half of the last convolution's kernels Fisher directions of the sketch's activations."""
+def _undirected(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
+    """Generated weights alone, also where the checkpoint was trained with directions in their place."""
     with torch.no_grad():
-        network = bench.predictor.net.materialise(bench.predictor.net.generate(sketch))
-    last = [child for child in network.modules() if isinstance(child, nn.Conv2d)][-1]
-    images, labels = bench.preprocess(sketch.images), sketch.labels
-    assert labels is not None  # the tasks have some
-    insert_directions(
-        network,
-        images,
-        {last: last.out_channels // 4},
-        lambda x, count, size: fisher_directions(x, labels, count, size),
-    )
+        return bench.predictor.net.materialise(bench.predictor.net.generate(sketch))
+
+
+def _random_with_directions(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
+    network = _random(bench, task, sketch)
+    bench.predictor.net.insert_directions(network, sketch)
     return network
-
-
-def _with_fisher_of_other(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
-    return _with_fisher(bench, task, _other_sketch(bench, task))
 
 
 def _other_sketch(bench: Bench, task: Task) -> Sketch:
@@ -319,11 +311,10 @@ ROWS: dict[str, Row] = {
             _finished(_predicted_from_other, "ridge"), uses_checkpoint=True, needs_other=True),
         Row("predicted-ridge-noise", "predicted from a sketch of noise, ridge",
             _finished(_predicted_from_noise, "ridge"), uses_checkpoint=True),
-        Row("fisher-ridge", "predicted weights, half the last layer Fisher directions, ridge",
-            _finished(_with_fisher, "ridge"), uses_checkpoint=True, settings=f"shrinkage={SHRINKAGE}"),
-        Row("fisher-ridge-other", "the same with another dataset's sketch",
-            _finished(_with_fisher_of_other, "ridge"), uses_checkpoint=True, needs_other=True,
-            settings=f"shrinkage={SHRINKAGE}"),
+        Row("undirected-ridge", "generated weights without directions, ridge", _finished(_undirected, "ridge"),
+            uses_checkpoint=True),
+        Row("directions-ridge", "random weights with the dataset's directions, ridge",
+            _finished(_random_with_directions, "ridge"), uses_checkpoint=True, settings=f"shrinkage={SHRINKAGE}"),
         Row("random-cosine", "random weights, cosine", _finished(_random, "cosine")),
         Row("random-ridge", "random weights, ridge", _finished(_random, "ridge")),
         Row("pca-ridge", "PCA kernels of the dataset, ridge", _finished(_pca, "ridge")),

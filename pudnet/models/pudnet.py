@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pudnet import bind, checkpoint, hub
 from pudnet.checkpoint import HubOptions
 from pudnet.data.preprocess import Preprocess, uint8_batch
+from pudnet.directions import fisher_directions, helps, insert_directions, require_plain
 from pudnet.errors import CheckpointError, InputError, message, one_line
 from pudnet.nn.embedding import DatasetEmbedding
 from pudnet.nn.generators import WeightGenerators
@@ -47,6 +48,9 @@ class PudNetConfig:
         width: D, hidden and code width.
         generator_width: h.
         alpha: share of the dataset embedding mixed into every code.
+        directions: for the last convolutions, which read each other and the very last one last, how many pairs of
+            kernels give way to Fisher directions of what the convolution reads (``pudnet.directions``), where a sketch
+            has labels and they help.
         mean, std: normalisation of images in 0..1, for sketch, network and baselines alike.
     """
 
@@ -58,6 +62,7 @@ class PudNetConfig:
     width: int = 128
     generator_width: int = 8
     alpha: float = 0.1
+    directions: tuple[int, ...] = ()
     mean: tuple[float, float, float] = MEAN
     std: tuple[float, float, float] = STD
 
@@ -71,6 +76,10 @@ class PudNetConfig:
                 raise InputError(message("PudNet", name, f"at most {most}", getattr(self, name)))
         if not isinstance(self.alpha, (int, float)) or not 0 <= self.alpha <= 1:
             raise InputError(message("PudNet", "alpha", "a number from 0 to 1", repr(self.alpha)))
+        counts = self.directions
+        if not isinstance(counts, (list, tuple)) or not all(type(count) is int and count >= 0 for count in counts):
+            raise InputError(message("PudNet", "directions", "a list of integers of at least 0", repr(counts)))
+        object.__setattr__(self, "directions", tuple(counts))
         usual = Preprocess(
             self.image_size, self.mean, self.std
         )  # checks them, and makes tuples of a checkpoint's lists
@@ -133,6 +142,7 @@ class PudNet(hub.Shared, nn.Module):
             self.config = config
             self.preprocess = Preprocess(config.image_size, config.mean, config.std)
             self.layout = WeightLayout.from_module(module)
+            self._check_directions(module)
             self.embedding = DatasetEmbedding(config.sketch_size, config.layers, config.width, config.embedding_norm)
             self.recurrence = LayerRecurrence(
                 len(self.layout.entries), config.layers, config.width, config.recurrence, config.alpha
@@ -143,6 +153,19 @@ class PudNet(hub.Shared, nn.Module):
         self.target = bind.strip(module, self.layout)
         self.temperature = nn.Parameter(torch.tensor(10.0))  # of the cosine classifier
         self.card: dict[str, Any] = {}  # how the checkpoint was made, where it came from one
+
+    def _directed(self, module: nn.Module) -> dict[str, nn.Module]:
+        """The convolutions that take directions, by the names of their weights."""
+        counts = self.config.directions
+        names = [entry.name for entry in self.layout.entries][-len(counts) :] if counts else []
+        return {name: module.get_submodule(name.rpartition(".")[0]) for name in names}
+
+    def _check_directions(self, module: nn.Module) -> None:
+        found, counts = self._directed(module), self.config.directions
+        if len(found) < len(counts):
+            raise InputError(message("PudNet", "directions", f"at most {len(found)} long, as layers", len(counts)))
+        for conv, count in zip(found.values(), counts, strict=True):
+            require_plain("PudNet", conv, count)
 
     @torch.no_grad()
     def _scale_generators(self) -> None:
@@ -236,13 +259,71 @@ class PudNet(hub.Shared, nn.Module):
             hint = "Grey images become three equal channels."
             raise InputError(message("PudNet", "target", rule, got, hint)) from error
 
-    def call(self, weights: Mapping[str, Tensor], x: Tensor, method: str = "forward") -> Any:
+    def call(self, weights: Mapping[str, Tensor], x: Tensor, method: bind.Method = "forward") -> Any:
         """Run the target network with ``weights`` on normalised images ``x [n, 3, H, W]``."""
         return bind.call(self.target, self.layout, weights, x, method)
 
     def materialise(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """The target network as an ordinary module that holds ``weights``."""
         return bind.materialise(self.target, self.layout, weights)
+
+    def network(self, sketch: Sketch) -> nn.Module:
+        """The target network for a dataset, as a plain module: generated weights, and directions where they help."""
+        network = self.materialise(self.generate(sketch))
+        self.insert_directions(network, sketch)
+        return network
+
+    @torch.no_grad()
+    def insert_directions(self, network: nn.Module, sketch: Sketch) -> bool:
+        """Put the dataset's own directions into a network that has its generated weights, in place, where they help.
+
+        The directions of one half of the sketch are tried on the other half (``pudnet.directions.helps``). Nothing
+        happens where the sketch has no labels, or those of one class only.
+
+        Returns:
+            Whether directions were put in.
+        """
+        if not any(self.config.directions) or sketch.labels is None or len(sketch.labels.unique()) < 2:
+            return False
+        device = self.temperature.device
+        images = self.preprocess(sketch.images).to(device).contiguous(memory_format=torch.channels_last)
+        labels = sketch.labels.to(device)
+
+        def insert(module: nn.Module, x: Tensor, y: Tensor) -> None:
+            self._insert(module, x, y)
+
+        if not helps(network, images, labels, insert):
+            return False
+        insert(network, images, labels)
+        return True
+
+    def with_directions(self, weights: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Weights of one dataset with its directions put in, whether they help or not; differentiable in the others.
+
+        Args:
+            images: normalised ``[n, 3, H, W]``.
+            labels: int64 ``[n]``, of two classes or more.
+        """
+        network = self.materialise({name: weight.detach() for name, weight in weights.items()})
+        made = dict(weights)
+        ignored = 0  # channels that the kernels before have given to directions
+        for name, count in self._insert(network, images, labels).items():
+            inserted = network.get_parameter(name).detach()
+            kept = len(inserted) - 2 * count
+            read = inserted.shape[1] - ignored
+            made[name] = torch.cat([F.pad(weights[name][:kept, :read], (0, 0, 0, 0, 0, ignored)), inserted[kept:]])
+            ignored = 2 * count
+        return made
+
+    def _insert(self, network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, int]:
+        """Insert into ``network``; returns how many pairs went into which weight."""
+        counts = self.config.directions
+        if not any(counts):
+            return {}
+        convs = self._directed(network)
+        pairs = dict(zip(convs.values(), counts, strict=True))
+        insert_directions(network, images, pairs, lambda x, count, size: fisher_directions(x, labels, count, size))
+        return dict(zip(convs, counts, strict=True))
 
     def save(self, path: str | os.PathLike[str], *, card: Mapping[str, Any] | None = None, half: bool = False) -> None:
         """Write a checkpoint that ``PudNet.load`` reads.

@@ -38,6 +38,7 @@ STAGE_TITLES = {
     "reading": "reading the images",
     "sketch": "drawing the sketch",
     "weights": "predicting the weights",
+    "directions": "directions of the data",
     "calibration": "calibrating BatchNorm",
     "head": "fitting the classifier",
 }

@@ -42,13 +42,15 @@ class DataSource:
 class Episodes:
     """One step sees ``groups`` datasets of ``classes`` random classes, ``support + query`` images each.
 
-    The sketch is the support part; the loss is taken on the query part.
+    The sketch is the support part; the loss is taken on the query part. ``directions`` is the chance that a dataset's
+    own directions are put in, where the model has some: both with and without them the network is to be good.
     """
 
     classes: int = 20
     support: int = 5
     query: int = 10
     groups: int = 2
+    directions: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,18 @@ class Augment:
 
 @dataclass(frozen=True)
 class Loss:
-    """Weights of PudNet's three losses: cosine classifier, auxiliary linear classifier, their agreement."""
+    """Weights of the losses: PudNet's cosine classifier, auxiliary linear classifier and their agreement; ridge.
+
+    Attributes:
+        ridge: of the closed-form ridge head on all layers, fitted to the support images and asked for the query images.
+        ridge_lambda: its regularisation, in units of the mean squared norm of the centred features.
+    """
 
     cosine: float = 1.0
     auxiliary: float = 1.0
     agreement: float = 0.5
+    ridge: float = 0.0
+    ridge_lambda: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -231,11 +240,16 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(Settings):
-    """A whole training run of PudNet: ``target`` and ``data`` are needed."""
+    """A whole training run of PudNet: ``target`` and ``data`` are needed.
+
+    Attributes:
+        start: a checkpoint of the same target to begin with instead of random parameters: a bundled name, or a path.
+    """
 
     target: str
     data: tuple[DataSource, ...]
     preset: str = "default"
+    start: str = ""
     episodes: Episodes = Episodes()
     loss: Loss = Loss()
 

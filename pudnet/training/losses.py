@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,6 +16,20 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 def cosine_logits(query: Tensor, means: Tensor, temperature: Tensor) -> Tensor:
     """Cosine classifier (PudNet): ``[n, F], [K, F] -> [n, K]``, no parameters but the temperature."""
     return temperature * F.normalize(query, dim=1) @ F.normalize(means, dim=1).T
+
+
+def ridge_logits(support: Tensor, labels: Tensor, query: Tensor, num_classes: int, penalty: float) -> Tensor:
+    """Answers of ridge regression to centred one-hot targets, differentiable: ``[n, F], [n], [m, F] -> [m, K]``.
+
+    Args:
+        penalty: in units of the mean squared norm of the centred support features.
+    """
+    mean = support.mean(dim=0)
+    x, targets = support - mean, F.one_hot(labels, num_classes).to(support.dtype)
+    gram = x @ x.T  # [n, n]
+    eye = torch.eye(len(x), dtype=x.dtype, device=x.device)
+    root = torch.linalg.cholesky(gram + penalty * gram.diagonal().mean() * eye)
+    return (query - mean) @ x.T @ torch.cholesky_solve(targets - targets.mean(dim=0), root) + targets.mean(dim=0)
 
 
 def group_losses(

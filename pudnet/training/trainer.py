@@ -8,19 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pudnet.data import families
 from pudnet.data.episodes import ClassPool, sample_episode
 from pudnet.data.source import ImageSource, open_images
-from pudnet.errors import InputError, message
+from pudnet.directions import normalising_by_batch
+from pudnet.errors import InputError, message, one_line
+from pudnet.features import feature_maps, pool_features
 from pudnet.models.pudnet import PudNet
 from pudnet.training.config import DataSource, TrainingConfig
 from pudnet.training.loop import BaseTrainer
-from pudnet.training.losses import class_means, cosine_logits, group_losses
+from pudnet.training.losses import class_means, cosine_logits, group_losses, ridge_logits
 
 VALIDATION_TASKS, VALIDATION_WAYS, VALIDATION_IMAGES = 20, 5, 35
-TERMS = ("cosine", "auxiliary", "agreement")
+TERMS = ("cosine", "auxiliary", "agreement", "ridge")
+MEASURES = ("loss", *TERMS, "accuracy", "ridge_accuracy")
 
 
 class Trainer(BaseTrainer):
@@ -40,7 +44,10 @@ class Trainer(BaseTrainer):
         super().__init__(config, device)
         self.config = config
         self._check_groups("episodes.groups", config.episodes.groups)
-        self.net = PudNet(config.target, config.preset, seed=config.seed, **config.model).to(self.device).train()
+        self.net = PudNet(config.target, config.preset, seed=config.seed, **config.model)
+        if config.start:
+            self._start_from(config.start)
+        self.net.to(self.device).train()
         self.pools, self.held_out = self._read(config.data)
         weights = np.array([source.weight for source in config.data])
         self.shares = weights / weights.sum()
@@ -50,6 +57,14 @@ class Trainer(BaseTrainer):
             self.auxiliary = nn.Linear(self._feature_width(), int(self.first_class[-1])).to(self.device)
         buffers = [value for value in self.net.buffers() if value.is_floating_point()]
         self._start({"net": self.net, "auxiliary": self.auxiliary}, buffers)
+
+    def _start_from(self, name: str) -> None:
+        """Take the parameters of a trained hypernetwork."""
+        try:
+            self.net.load_state_dict(PudNet.from_pretrained(name).state_dict())
+        except RuntimeError as error:
+            rule = "a checkpoint of the same target and model"
+            raise InputError(message("Trainer", "start", rule, f"{name!r} ({one_line(error)})")) from error
 
     def _read(self, sources: tuple[DataSource, ...]) -> tuple[list[ClassPool], list[ClassPool]]:
         train, held_out = [], []
@@ -96,11 +111,8 @@ class Trainer(BaseTrainer):
             raise InputError(message("Trainer", "augment.crop", f"less than the image size, {side}", crop))
 
     def _feature_width(self) -> int:
-        features = self.net.try_target(lambda network, images: network(images))
-        if not isinstance(features, Tensor) or features.dim() != 2:
-            got = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
-            raise InputError(message("Trainer", "target", "a network that gives features [n, F]", got))
-        return int(features.shape[1])
+        maps = self.net.try_target(feature_maps)
+        return int(pool_features(maps, "last", spread=False).shape[1])
 
     def _group(self, number: int) -> dict[str, Tensor]:
         """Loss of group ``number`` of the current step; all randomness comes from (seed, step, group)."""
@@ -117,28 +129,45 @@ class Trainer(BaseTrainer):
             **dataclasses.asdict(config.augment),
         )
         images, labels = episode.images.to(self.device), episode.labels.to(self.device)
-        flat = self.net(images[: episode.support], [episode.support])  # [1, P]
+        directed = any(self.net.config.directions) and rng.random() < config.episodes.directions
+        weights = self._weights(images[: episode.support], labels[: episode.support], directed)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.run.amp):
-            features = self.net.call(self.net.layout.views(flat[0]), images)
-        features = features.float()
+            maps = self.net.call(weights, images, feature_maps)
+        maps = [one.float() for one in maps]
+        features = pool_features(maps, "last", spread=False)
         classes = (episode.classes + int(self.first_class[source])).to(self.device)
-        return group_losses(features, labels, episode.support, self.net.temperature, self.auxiliary(features), classes)
+        losses = group_losses(
+            features, labels, episode.support, self.net.temperature, self.auxiliary(features), classes
+        )
+        if config.loss.ridge:
+            support, query = pool_features(maps).split([episode.support, len(images) - episode.support])
+            answers = ridge_logits(
+                support, labels[: episode.support], query, len(episode.classes), config.loss.ridge_lambda
+            )
+            losses["ridge"] = F.cross_entropy(self.net.temperature * answers, labels[episode.support :])
+            losses["ridge_accuracy"] = (answers.argmax(dim=1) == labels[episode.support :]).float().mean()
+        return losses
+
+    def _weights(self, support: Tensor, labels: Tensor, directed: bool) -> dict[str, Tensor]:
+        """Weights for a small dataset: normalised images ``[S, 3, H, W]`` and their labels ``[S]``."""
+        generated = self.net.layout.views(self.net(support, [len(support)])[0])
+        return self.net.with_directions(generated, support, labels) if directed else generated
 
     def _backward(self) -> Tensor:
         config = self.config
         groups = config.episodes.groups
         before = [value.clone() for value in self.buffers]
         after = [torch.zeros_like(value) for value in self.buffers]
-        totals = torch.zeros(5, device=self.device)
+        totals = torch.zeros(len(MEASURES), device=self.device)
         for number in range(self.rank, groups, self.world):
             # Every group starts from the same running statistics, so that their mean is independent of who ran which.
             for value, start in zip(self.buffers, before, strict=True):
                 value.copy_(start)
             terms = self._group(number)
-            loss = sum((getattr(config.loss, name) * terms[name] for name in TERMS),
-                       start=torch.zeros((), device=self.device))  # fmt: skip
-            (loss / groups).backward()
-            totals += torch.stack([loss, *terms.values()]).detach() / groups
+            zero = torch.zeros((), device=self.device)
+            terms["loss"] = sum((getattr(config.loss, name) * terms[name] for name in TERMS if name in terms), zero)
+            (terms["loss"] / groups).backward()
+            totals += torch.stack([terms.get(name, zero) for name in MEASURES]).detach() / groups
             for total, value in zip(after, self.buffers, strict=True):
                 total += value / groups
         for value, mean in zip(self.buffers, after, strict=True):
@@ -146,23 +175,25 @@ class Trainer(BaseTrainer):
         return totals
 
     def _metrics(self, totals: list[float]) -> dict[str, float]:
-        return dict(zip(("loss", *TERMS, "accuracy"), totals, strict=True))
+        metrics = dict(zip(MEASURES, totals, strict=True))
+        unused = () if self.config.loss.ridge else ("ridge", "ridge_accuracy")
+        return {name: value for name, value in metrics.items() if name not in unused}
 
     def validate(self) -> dict[str, float]:
-        accuracy = self.unseen_accuracy()
-        return {} if accuracy is None else {"unseen_accuracy": accuracy}
+        return self.unseen_accuracy() if self.held_out else {}
 
     def write_result(self, path: Path) -> None:
         held_out = [list(source.held_out) for source in self.config.data]
         self.net.save(path, card={"held_out": held_out, "training": self.config.to_dict()})
 
     @torch.no_grad()
-    def unseen_accuracy(self) -> float | None:
-        """Accuracy of the cosine classifier on tasks of held-out classes, always the same ones; None without any."""
-        if not self.held_out:
-            return None
+    def unseen_accuracy(self) -> dict[str, float]:
+        """Accuracy of the cosine classifier, and of the ridge head, on tasks of held-out classes, always the same.
+
+        Without directions, which want more images than these tasks have.
+        """
         self.net.eval()
-        correct = []
+        cosine, ridge = [], []
         for number in range(VALIDATION_TASKS):
             rng = np.random.default_rng([VALIDATION_TASKS, number])
             pool = self.held_out[number % len(self.held_out)]
@@ -173,10 +204,17 @@ class Trainer(BaseTrainer):
                 pool, rng, self.net.preprocess, classes=VALIDATION_WAYS, support=support, query=query
             )
             images, labels = episode.images.to(self.device), episode.labels.to(self.device)
-            flat = self.net(images[: episode.support], [episode.support])
-            features = self.net.call(self.net.layout.views(flat[0]), images)
-            means = class_means(features[: episode.support], labels[: episode.support], VALIDATION_WAYS)
-            logits = cosine_logits(features[episode.support :], means, self.net.temperature)
-            correct.append((logits.argmax(dim=1) == labels[episode.support :]).float().mean())
+            sizes = [episode.support, len(images) - episode.support]
+            known, asked = labels.split(sizes)
+            network = self.net.materialise(self._weights(images[: episode.support], known, directed=False))
+            with normalising_by_batch(network):
+                network(images[: episode.support])
+            maps = feature_maps(network, images)
+            features, queries = pool_features(maps, "last", spread=False).split(sizes)
+            logits = cosine_logits(queries, class_means(features, known, VALIDATION_WAYS), self.net.temperature)
+            cosine.append((logits.argmax(dim=1) == asked).float().mean())
+            features, queries = pool_features(maps).split(sizes)
+            answers = ridge_logits(features, known, queries, VALIDATION_WAYS, self.config.loss.ridge_lambda)
+            ridge.append((answers.argmax(dim=1) == asked).float().mean())
         self.net.train()
-        return float(torch.stack(correct).mean())
+        return {"unseen_accuracy": float(torch.stack(cosine).mean()), "unseen_ridge": float(torch.stack(ridge).mean())}

@@ -3,8 +3,9 @@
 import math
 
 import torch
+import torch.nn.functional as F
 
-from pudnet.training.losses import class_means, cosine_logits, group_losses
+from pudnet.training.losses import class_means, cosine_logits, group_losses, ridge_logits
 
 
 def test_class_means():
@@ -33,3 +34,16 @@ def test_group_losses_by_hand_and_their_gradients():
     terms["agreement"].backward()
     assert auxiliary.grad is None  # the teacher is not taught
     assert features.grad[:2].abs().sum() == 0  # support features are detached
+
+
+def test_ridge_logits_are_those_of_the_normal_equations() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, query = (torch.randn(n, 7, generator=generator, dtype=torch.float64) for n in (12, 5))
+    labels, penalty = torch.arange(12) % 3, 0.2
+    centred, targets = x - x.mean(0), F.one_hot(labels, 3).double()
+    lam = penalty * centred.square().sum(1).mean()
+    weight = torch.linalg.solve(
+        centred.T @ centred + lam * torch.eye(7, dtype=torch.float64), centred.T @ (targets - targets.mean(0))
+    )
+    expected = (query - x.mean(0)) @ weight + targets.mean(0)
+    torch.testing.assert_close(ridge_logits(x, labels, query, 3, penalty), expected)

@@ -187,7 +187,8 @@ def test_errors(settings, tmp_path):
             Trainer(config_of({**settings, "episodes": {**settings["episodes"], name: value}}))
     for change, words in (
         ({"augment": {"crop": 32}}, "augment.crop must be less than the image size"),
-        ({"target": "unet", "model": {"image_size": 32}}, r"features \[n, F\]"),
+        ({"model": {"directions": [40]}}, "0 to 32, half the kernels"),
+        ({"start": "convnet3", "model": {"width": 16}}, "start must be a checkpoint of the same target"),
         ({"model": {"image_size": 4}}, "network that reads .*3, 4, 4"),
     ):
         with pytest.raises(InputError, match=words):
@@ -211,3 +212,30 @@ def test_deterministic_algorithms_are_respected(settings, tmp_path):
     finally:
         torch.use_deterministic_algorithms(False)
     assert_equal(again, usual)
+
+
+def test_ridge_loss_and_directions(settings, tmp_path):
+    more = {"model": {"width": 32, "directions": [4, 8]}, "loss": {"ridge": 1.0}}
+    trainer = Trainer(config_of({**settings, **more, "episodes": {**settings["episodes"], "directions": 1.0}}))
+    metrics = trainer.step()
+    assert metrics["ridge"] > 0 and 0 <= metrics["ridge_accuracy"] <= 1
+    assert {"unseen_accuracy", "unseen_ridge"} == set(trainer.validate())
+
+    images, labels = torch.randn(6, 3, 32, 32), torch.arange(6) % 3
+    generated = trainer.net.layout.views(trainer.net(images, [6])[0])
+    weights = trainer.net.with_directions(generated, images, labels)
+    before, middle, last = weights.values()
+    first, _, third = generated.values()
+    assert torch.equal(before, first)
+    assert torch.equal(middle[56:60], -middle[60:]) and torch.equal(last[48:56], -last[56:])
+    assert torch.equal(last[:48, :56], third[:48, :56]) and not last[:48, 56:].any()
+    last.square().sum().backward()
+    assert any(value.grad is not None for value in trainer.net.generators.parameters())
+
+    started = Trainer(config_of({**settings, "start": str(saved(trainer, tmp_path))}))
+    assert_equal(trainer.net.state_dict(), started.net.state_dict())
+
+
+def saved(trainer, folder):
+    trainer.write_result(folder / "result.safetensors")
+    return folder / "result.safetensors"
