@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from pudnet import ops
 from pudnet.errors import InputError, ShapeError, message
 from pudnet.features import feature_maps
-from pudnet.heads import fit_head
+from pudnet.heads import Head, fit_head
 
 RANK_TOLERANCE = 1e-5  # a direction with a smaller share of the largest variance is numerical noise
 SHRINKAGE = 0.5  # of the scatter within classes towards its mean variance
-TRIAL = 600  # images at most on which directions are tried
+TRIAL = 500  # images at most on which directions are tried
 SAMPLES = 12  # patches that a scatter is estimated from, in units of their dimension P, where there are more
 
 
@@ -163,17 +163,33 @@ def require_plain(where: str, conv: nn.Module, count: int) -> None:
         raise InputError(message(where, "directions", f"0 to {conv.out_channels // 2}, half the kernels", count))
 
 
+class Trial(NamedTuple):
+    """What directions did to a part of a dataset.
+
+    Attributes:
+        helps: whether a ridge head does better with them on images that they were not made from.
+        optimism: by which share of it the leave-one-out error is larger on such images than on those that they were
+            made from; 0 where they do not help.
+        images: from how many they were made here; made from m images, they flatter these by about images / m of that.
+    """
+
+    helps: bool
+    optimism: float = 0.0
+    images: int = 0
+
+
 @torch.no_grad()
-def helps(
+def try_directions(
     network: nn.Module,
     images: Tensor,
     labels: Tensor,
     insert: Callable[[nn.Module, Tensor, Tensor], object],
-) -> bool:
+) -> Trial:
     """Whether a ridge head does better on a network with the dataset's directions than on the network as it is.
 
     Cross-fitted: the directions come from one half of the images, the leave-one-out error of the head from the other.
-    On the same images directions look better than they are, as they were made with these labels.
+    On the same images directions look better than they are, as they were made with these labels. How much better is
+    measured where they help: by directions from the other half, on the same half.
 
     Args:
         network: stays as it is.
@@ -182,19 +198,26 @@ def helps(
         insert: puts directions of such images into a network.
     """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:TRIAL].to(images.device)
-    made_of, tried_on = order[: len(order) // 2], order[len(order) // 2 :]
-    classes, answers = labels[tried_on].unique(return_inverse=True)
-    if len(classes) < 2 or len(labels[made_of].unique()) < 2:
-        return False
-    plain, directed = copy.deepcopy(network), copy.deepcopy(network)
-    with normalising_by_batch(plain):
-        plain(images[made_of])
-    insert(directed, images[made_of], labels[made_of])
-    errors = []
-    for trial in (plain, directed):
-        head = fit_head("ridge", [(feature_maps(trial, images[tried_on]), answers)], len(classes))
-        errors.append(head.info["loo_squared_error"])
-    return bool(errors[1] < errors[0])
+    first, second = order[: len(order) // 2], order[len(order) // 2 :]
+    classes, answers = labels[second].unique(return_inverse=True)
+    if len(classes) < 2 or len(labels[first].unique()) < 2:
+        return Trial(False)
+
+    def fitted(trial: nn.Module) -> Head:
+        with normalising_by_batch(trial):
+            maps = feature_maps(trial, images[second])
+        return fit_head("ridge", [(maps, answers)], len(classes))
+
+    def directed(rows: Tensor) -> Head:
+        trial = copy.deepcopy(network)
+        insert(trial, images[rows], labels[rows])
+        return fitted(trial)
+
+    fair = directed(first)
+    if not fair.info["loo_squared_error"] < fitted(copy.deepcopy(network)).info["loo_squared_error"]:
+        return Trial(False)
+    ratio = fair.info["loo_squared_error"] / max(directed(second).info["loo_squared_error"], 1e-12)
+    return Trial(True, max(0.0, ratio - 1), len(second))
 
 
 @contextmanager

@@ -222,7 +222,7 @@ class PredictedModel(hub.Shared, nn.Module):
         self.report = {
             **report,
             "seconds": {**report["seconds"], "added": report["seconds"].get("added", 0.0) + clock.total()},
-            "expected_accuracy": self.head.expected_accuracy,
+            "expected_accuracy": expected_accuracy(self.head, report),
             "n": report["n"] + entry["n"],
             "class_counts": {name: old.get(name, 0) + counts[name] for name in self.classes},
             "skipped": report["skipped"] + [list(one) for one in source.skipped],
@@ -373,6 +373,18 @@ def _match_batch_norms(network: nn.Module, weights: Mapping[str, Tensor]) -> Non
     """Give every BatchNorm running statistics exactly where ``weights`` has some: the policy decided that."""
     for prefix, norm in network.named_modules():
         if not isinstance(norm, _BatchNorm):
+def expected_accuracy(head: Head, report: Mapping[str, Any]) -> float:
+    """The head's leave-one-out accuracy, less what labels in the weights flatter it by.
+
+    Directions come from some of the head's images, and their labels. On those its leave-one-out error is too small, by
+    a share that the trial of the directions measured (``pudnet.directions.Trial``) and that falls as their number
+    grows; the error on the head's other images is fair. Hence the same correction however many are among them.
+    """
+    trial = report.get("directions") or {"optimism": 0.0, "images": 0}
+    flattery = trial["optimism"] * trial["images"] / head.info["images"]
+    return max(0.0, 1 - (1 - head.expected_accuracy) * (1 + flattery))
+
+
             continue
         norm.track_running_stats = f"{prefix}.running_mean" in weights or f"{prefix}.running_var" in weights
         if norm.track_running_stats:

@@ -24,6 +24,7 @@ from pudnet.checkpoint import HubOptions
 from pudnet.data import ImageSource, open_images
 from pudnet.data.source import channels_last
 from pudnet.errors import DtypeError, InputError, message
+from pudnet.familiarity import familiarity
 from pudnet.features import feature_maps
 from pudnet.heads import HeadFitter, check_head
 from pudnet.models.pudnet import PudNet
@@ -447,7 +448,7 @@ class Predictor(hub.Shared):
     ) -> PredictedModel:
         """Directions and ``finish``, and what made the model; ``seen`` is the sketch that decided the weights."""
         with clock.stage("directions"):
-            self.net.insert_directions(network, seen)
+            trial = self.net.insert_directions(network, seen)
         options = {name: settings[name] for name in ("head", "batchnorm", "seed", "growable")}
         model = finish(network, source, sample, self.net.preprocess, clock=clock, reduce=reduce, **options)
         model.target_name = self.net.target_name
@@ -456,6 +457,9 @@ class Predictor(hub.Shared):
             "net_sha256": self._net_sha256,
             "target": self.net.target_name,
             **provenance.environment(self.device),
+        model.report["directions"] = trial._asdict()
+        model.report["expected_accuracy"] = expected_accuracy(model.head, model.report)
+        self._judge(model.report, seen)
             "optimize": self._fast is not None,
             "dtype": str(torch.float32 if self._fast is None else self._fast.dtype).removeprefix("torch."),
             **settings,
@@ -470,6 +474,20 @@ def _pairs(where: str, datasets: Any) -> list[tuple[Any, Any]]:
     """(images, labels) of each dataset."""
     if not isinstance(datasets, (list, tuple)) or not datasets:
         raise InputError(message(where, "datasets", "a list of at least one", type(datasets).__name__))
+    def _judge(self, report: dict[str, Any], seen: Sketch) -> None:
+        """Say in the report how far the dataset is from those of the training, where the checkpoint knows these."""
+        known = self.net.card.get("familiarity")
+        if known is None:
+            return
+        found = familiarity(known, self.net.embed(seen).flatten(), len(seen))
+        report["familiarity"] = found._asdict()
+        if found.unlike:
+            report["warnings"].append(
+                "the images are unlike those that the hypernetwork was trained on: a distance of "
+                f"{found.distance:.2f} to the nearest training dataset, and few are beyond {found.threshold:.2f}; "
+                "try how well a network trained from scratch does"
+            )
+
     return [one if isinstance(one, tuple) and len(one) == 2 else (one, None) for one in datasets]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pudnet import bind, checkpoint, hub
 from pudnet.checkpoint import HubOptions
 from pudnet.data.preprocess import Preprocess, uint8_batch
-from pudnet.directions import fisher_directions, helps, insert_directions, require_plain
+from pudnet.directions import Trial, fisher_directions, insert_directions, require_plain, try_directions
 from pudnet.errors import CheckpointError, InputError, message, one_line
 from pudnet.nn.embedding import DatasetEmbedding
 from pudnet.nn.generators import WeightGenerators
@@ -215,6 +215,11 @@ class PudNet(hub.Shared, nn.Module):
         return found if isinstance(images, (list, tuple)) else found[0]
 
     def _prepared(self, images: Images | Sequence[Images]) -> tuple[Tensor, list[int]]:
+    def image_embeddings(self, images: Tensor) -> Tensor:
+        """Embeddings of single images, whose mean is their dataset's: normalised ``[n, 3, H, W] -> [n, G * D]``."""
+        found: Tensor = self.embedding.image_features(self._to_sketch_size(images))
+        return found
+
         """Normalised images of all sketches ``[n, 3, H, W]``, and how many each sketch has."""
         sketches = list(images) if isinstance(images, (list, tuple)) else [images]
         if not sketches:
@@ -274,17 +279,17 @@ class PudNet(hub.Shared, nn.Module):
         return network
 
     @torch.no_grad()
-    def insert_directions(self, network: nn.Module, sketch: Sketch) -> bool:
+    def insert_directions(self, network: nn.Module, sketch: Sketch) -> Trial:
         """Put the dataset's own directions into a network that has its generated weights, in place, where they help.
 
-        The directions of one half of the sketch are tried on the other half (``pudnet.directions.helps``). Nothing
+        The directions of one half of the sketch are tried on the other (``pudnet.directions.try_directions``). Nothing
         happens where the sketch has no labels, or those of one class only.
 
         Returns:
-            Whether directions were put in.
+            The trial: whether directions were put in, and how they flatter the images that they were made from.
         """
         if not any(self.config.directions) or sketch.labels is None or len(sketch.labels.unique()) < 2:
-            return False
+            return Trial(False)
         device = self.temperature.device
         images = self.preprocess(sketch.images).to(device).contiguous(memory_format=torch.channels_last)
         labels = sketch.labels.to(device)
@@ -292,10 +297,10 @@ class PudNet(hub.Shared, nn.Module):
         def insert(module: nn.Module, x: Tensor, y: Tensor) -> None:
             self._insert(module, x, y)
 
-        if not helps(network, images, labels, insert):
-            return False
-        insert(network, images, labels)
-        return True
+        trial = try_directions(network, images, labels, insert)
+        if trial.helps:
+            insert(network, images, labels)
+        return trial
 
     def with_directions(self, weights: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Weights of one dataset with its directions put in, whether they help or not; differentiable in the others.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pudnet.data import families
-from pudnet.data.episodes import ClassPool, sample_episode
+from pudnet.data.episodes import ClassPool, Episode, sample_episode
 from pudnet.data.source import ImageSource, open_images
 from pudnet.directions import normalising_by_batch
 from pudnet.errors import InputError, message, one_line
+from pudnet.familiarity import describe
 from pudnet.features import feature_maps, pool_features
 from pudnet.models.pudnet import PudNet
 from pudnet.training.config import DataSource, TrainingConfig
@@ -23,6 +25,7 @@ from pudnet.training.loop import BaseTrainer
 from pudnet.training.losses import class_means, cosine_logits, group_losses, ridge_logits
 
 VALIDATION_TASKS, VALIDATION_WAYS, VALIDATION_IMAGES = 20, 5, 35
+FAMILIAR = 192  # datasets from which a checkpoint knows what is familiar to it
 TERMS = ("cosine", "auxiliary", "agreement", "ridge")
 MEASURES = ("loss", *TERMS, "accuracy", "ridge_accuracy")
 
@@ -116,18 +119,10 @@ class Trainer(BaseTrainer):
 
     def _group(self, number: int) -> dict[str, Tensor]:
         """Loss of group ``number`` of the current step; all randomness comes from (seed, step, group)."""
-        config = self.config
+        config, wanted = self.config, self.config.episodes
         rng = np.random.default_rng([config.seed, self.steps_done, number])
         source = int(rng.choice(len(self.pools), p=self.shares))
-        episode = sample_episode(
-            self.pools[source],
-            rng,
-            self.net.preprocess,
-            classes=config.episodes.classes,
-            support=config.episodes.support,
-            query=config.episodes.query,
-            **dataclasses.asdict(config.augment),
-        )
+        episode = self._episode(source, rng, wanted.classes, wanted.support, wanted.query)
         images, labels = episode.images.to(self.device), episode.labels.to(self.device)
         directed = any(self.net.config.directions) and rng.random() < config.episodes.directions
         weights = self._weights(images[: episode.support], labels[: episode.support], directed)
@@ -147,6 +142,18 @@ class Trainer(BaseTrainer):
             losses["ridge"] = F.cross_entropy(self.net.temperature * answers, labels[episode.support :])
             losses["ridge_accuracy"] = (answers.argmax(dim=1) == labels[episode.support :]).float().mean()
         return losses
+
+    def _episode(self, source: int, rng: np.random.Generator, classes: int, support: int, query: int) -> Episode:
+        """A small dataset of one source, augmented as in training."""
+        return sample_episode(
+            self.pools[source],
+            rng,
+            self.net.preprocess,
+            classes=classes,
+            support=support,
+            query=query,
+            **dataclasses.asdict(self.config.augment),
+        )
 
     def _weights(self, support: Tensor, labels: Tensor, directed: bool) -> dict[str, Tensor]:
         """Weights for a small dataset: normalised images ``[S, 3, H, W]`` and their labels ``[S]``."""
@@ -184,7 +191,22 @@ class Trainer(BaseTrainer):
 
     def write_result(self, path: Path) -> None:
         held_out = [list(source.held_out) for source in self.config.data]
-        self.net.save(path, card={"held_out": held_out, "training": self.config.to_dict()})
+        card = {"held_out": held_out, "training": self.config.to_dict(), "familiarity": self.familiarity()}
+        self.net.save(path, card=card)
+
+    @torch.no_grad()
+    def familiarity(self) -> dict[str, Any]:
+        """What ``pudnet.familiarity`` has to know of the training data: small datasets of two classes and more."""
+        self.net.eval()
+        wanted, features = self.config.episodes, []
+        for number in range(FAMILIAR):
+            rng = np.random.default_rng([self.config.seed, self.config.optimiser.steps, number])
+            source = int(rng.choice(len(self.pools), p=self.shares))
+            classes = int(rng.integers(2, wanted.classes + 1))
+            images = self._episode(source, rng, classes, wanted.support + wanted.query, 0).images
+            features.append(self.net.image_embeddings(images.to(self.device)))
+        self.net.train()
+        return describe(features)
 
     @torch.no_grad()
     def unseen_accuracy(self) -> dict[str, float]:
