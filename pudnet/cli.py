@@ -143,9 +143,13 @@ def predict(
     checkpoint: Checkpoint = "convnet3",
     head: HeadName = "ridge",
     batchnorm: Annotated[str, typer.Option(help="BatchNorm statistics: calibrated, batch or shared.")] = "calibrated",
-    sketch_size: Annotated[int, typer.Option(min=1, help="Images the weights are predicted from.")] = 500,
+    sketch_size: Annotated[int, typer.Option(min=1, help="Images the weights are predicted from.")] = 1000,
     split: Annotated[str, typer.Option(help="Part of the data: train or test.")] = "train",
     growable: Annotated[bool, typer.Option("--growable", help="Keep what `pudnet add` needs; a larger file.")] = False,
+    mirror: Annotated[
+        bool | None,
+        typer.Option(help="Read images in their mirror images too: twice as slow; by default where it helps."),
+    ] = None,
     page: Annotated[
         Path | None,
         typer.Option(
@@ -166,8 +170,9 @@ def predict(
     with atomic_path(output, "pudnet predict") as claimed, console.status("Predicting ..."):
         predictor = Predictor.from_pretrained(checkpoint, device=_device(device))
         model = predictor.predict(
-            data, head=head, batchnorm=batchnorm, sketch_size=sketch_size, split=split, seed=seed, growable=growable
-        )
+            data, head=head, batchnorm=batchnorm, sketch_size=sketch_size, split=split, seed=seed, growable=growable,
+            mirror=mirror,
+        )  # fmt: skip
         model.save(claimed)
     if page is not None:
         from pudnet.report import write_report

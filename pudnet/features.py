@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -110,14 +110,32 @@ def pool_features(maps: Sequence[Tensor], layers: Layers = "all", *, spread: boo
         raise InputError(message("pool_features", "layers", "'all' or 'last'", repr(layers)))
     if not maps:
         raise InputError(message("pool_features", "maps", "at least one feature map", "none"))
-    statistics: list[Tensor] = []
-    for feature_map in maps if layers == "all" else maps[-1:]:
-        means = _means(feature_map)  # [n, C * g * g]
-        if spread and feature_map.dim() == 4:
-            statistics += [_root(means), _deviations(feature_map)]
-        else:
-            statistics.append(means)
+    read = maps if layers == "all" else maps[-1:]
+    statistics = [one for feature_map in read for one in _statistics(feature_map, spread)]
     return torch.cat([F.normalize(one, dim=1) for one in statistics], dim=1)
+
+
+def mirrored_maps(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """What the ridge head reads of images where left and right mean nothing; in place of ``feature_maps``.
+
+    Returns:
+        The statistics of every layer's map as ``pool_features`` takes them, before their normalisation, averaged over
+        each image and its mirror image: vectors ``[n, F]``.
+    """
+    straight, turned = (feature_maps(module, images) for images in (x, x.flip(-1)))
+    both = ((_statistics(one, True), _statistics(other, True)) for one, other in zip(straight, turned, strict=True))
+    return [(a + b) / 2 for pair in both for a, b in zip(*pair, strict=True)]
+
+
+def maps_reader(mirrored: bool) -> Callable[[nn.Module, Tensor], list[Tensor]]:
+    """``mirrored_maps`` or ``feature_maps``."""
+    return mirrored_maps if mirrored else feature_maps
+
+
+def _statistics(feature_map: Tensor, spread: bool) -> list[Tensor]:
+    """What is told of one map: ``[n, C * g * g]``, and with ``spread`` ``[n, C]``."""
+    means = _means(feature_map)
+    return [_root(means), _deviations(feature_map)] if spread and feature_map.dim() == 4 else [means]
 
 
 def _means(feature_map: Tensor) -> Tensor:

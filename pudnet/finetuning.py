@@ -41,7 +41,7 @@ from pudnet.descent import (
     native_bfloat16,
 )
 from pudnet.errors import CheckpointError, InputError, message, one_line
-from pudnet.features import feature_maps, pool_features
+from pudnet.features import maps_reader, pool_features
 from pudnet.heads import Head, HeadFitter
 from pudnet.predicted import PredictedModel
 from pudnet.serving import Token, check
@@ -174,15 +174,16 @@ class Settings:
 class _Tunable(nn.Module):
     """Network and head under gradients; the logits are at first those of the model they come from."""
 
-    def __init__(self, network: nn.Module, head: Head) -> None:
+    def __init__(self, network: nn.Module, head: Head, mirrored: bool) -> None:
         super().__init__()
+        self.read = maps_reader(mirrored)
         self.network = copy.deepcopy(network).requires_grad_(True)
         self.layers, self.spread = head.layers, head.spread
         scaled = {name: tensor * head.temperature for name, tensor in head.state.items() if name != "temperature"}
         self.head = nn.ParameterDict(scaled)  # weight [K, F], bias [K]
 
     def forward(self, x: Tensor) -> Tensor:
-        features = pool_features(feature_maps(self.network, x), self.layers, spread=self.spread)
+        features = pool_features(self.read(self.network, x), self.layers, spread=self.spread)
         weight = self.head["weight"]
         return F.linear(features.to(weight.dtype), weight, getattr(self.head, "bias", None))
 
@@ -192,7 +193,7 @@ class _Tuning:
 
     def __init__(self, model: PredictedModel, source: ImageSource, test: Any, settings: Settings) -> None:
         load_optimisers()
-        self.model, self.settings = model, settings
+        self.model, self.settings, self.read = model, settings, maps_reader(model.mirrored)
         device = next(model.network.parameters()).device
         self.clock = Clock(device)
         images, labels = source.tensors()
@@ -203,7 +204,7 @@ class _Tuning:
         used = self.images[self.trained], self.labels[self.trained]
         check_training(WHERE, *used, len(model.classes), settings.epochs, settings.batch_size)
         head = self._fitted(model.network, self.trained).fit() if settings.validation else model.head
-        self.tunable = _Tunable(model.network, head)
+        self.tunable = _Tunable(model.network, head, model.mirrored)
         recipe = Recipe(settings.epochs, settings.batch_size, settings.flip, settings.shift, settings.seed)
         self.run = Run(self.tunable, self._optimiser(), *used, model.preprocess, recipe)
         self.kept = 0  # the epoch whose network is the best
@@ -274,7 +275,7 @@ class _Tuning:
             self.finished = PredictedModel(
                 self.network, fitter.fit(), self.model.preprocess, self.model.classes,
                 batchnorm=self.model.batchnorm, target_name=self.model.target_name,
-                fitter=None if self.model.fitter is None else fitter,
+                fitter=None if self.model.fitter is None else fitter, mirrored=self.model.mirrored,
             )  # fmt: skip
         return self.finished
 
@@ -285,7 +286,7 @@ class _Tuning:
         network = copy.deepcopy(done.network) if done is self.model else done.network
         tuned = PredictedModel(
             network, done.head, done.preprocess, done.classes,
-            batchnorm=done.batchnorm, target_name=done.target_name, fitter=done.fitter,
+            batchnorm=done.batchnorm, target_name=done.target_name, fitter=done.fitter, mirrored=done.mirrored,
         )  # fmt: skip
         tuned.report = self._report(tuned, source)
         return tuned
@@ -319,14 +320,14 @@ class _Tuning:
     def _fitted(self, network: nn.Module, rows: Tensor) -> HeadFitter:
         """What a head remembers of these images."""
         fitter = HeadFitter(self.model.head.name, len(self.model.classes), seed=self.settings.seed)
-        fitter.add((feature_maps(network, self._prepared(part)), self.labels[part]) for part in rows.split(FIT_BATCH))
+        fitter.add((self.read(network, self._prepared(part)), self.labels[part]) for part in rows.split(FIT_BATCH))
         return fitter
 
     @torch.no_grad()
     def _right(self, network: nn.Module, head: Head) -> Tensor:
         """Which of the images that are held out are classified right: bool ``[m]``."""
         found = [
-            head(feature_maps(network, self._prepared(part))).argmax(1) == self.labels[part]
+            head(self.read(network, self._prepared(part))).argmax(1) == self.labels[part]
             for part in self.held.split(FIT_BATCH)
             if len(part)
         ]

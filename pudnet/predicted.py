@@ -20,8 +20,8 @@ from pudnet.batchnorm import BATCH_SIZE, POLICIES, set_policy
 from pudnet.checkpoint import HubOptions
 from pudnet.data import ImageSource, Preprocess, open_images
 from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError, message, one_line
-from pudnet.features import feature_maps
-from pudnet.heads import HEADS, Head, HeadFitter, head_from_config
+from pudnet.features import feature_maps, maps_reader
+from pudnet.heads import HEADS, Head, HeadFitter, fit_head, head_from_config
 from pudnet.serving import Halves, Token, is_out_of_memory
 from pudnet.sketch import Sketch
 from pudnet.stages import StageClock
@@ -29,6 +29,8 @@ from pudnet.targets import build_target
 
 BATCH = 256
 CPU_BATCH = 32  # activations that stay in the cache: half the time of batches of 256 (convnet3)
+MIRROR_TRIAL = 300  # images on which mirroring is tried
+MIRROR_GAIN = 0.01  # by how much it must lower the squared error, as every answer then takes twice as long
 REUSE_BYTES = 2**28  # of the sketch's feature maps at most, where calibration keeps them for the head
 HEAD_PREFIX, FITTER_PREFIX = f"{checkpoint.OWN_PREFIX}head.", f"{checkpoint.OWN_PREFIX}fitter."
 
@@ -50,6 +52,7 @@ class PredictedModel(hub.Shared, nn.Module):
         target_name: name of the target network; None where it was a module of the caller's.
         batchnorm: the BatchNorm policy.
         fitter: what the head remembers of its images, so that ``add`` can give it more; None without ``growable``.
+        mirrored: every image is also read in its mirror image, which takes twice as long.
     """
 
     hub_file = "model.safetensors"
@@ -65,6 +68,7 @@ class PredictedModel(hub.Shared, nn.Module):
         target_name: str | None = None,
         report: Mapping[str, Any] | None = None,
         fitter: HeadFitter | None = None,
+        mirrored: bool = False,
     ) -> None:
         super().__init__()
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -75,6 +79,7 @@ class PredictedModel(hub.Shared, nn.Module):
         self.target_name = target_name
         self.report: dict[str, Any] = dict(report or {})
         self.fitter = fitter
+        self.mirrored = mirrored
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +90,8 @@ class PredictedModel(hub.Shared, nn.Module):
         if not x.is_floating_point():
             hint = "Turn images into it with model.preprocess(images)."
             raise DtypeError(message("PredictedModel", "x", "floating point", x.dtype, hint))
-        logits: Tensor = self.head(feature_maps(self.network, x.contiguous(memory_format=torch.channels_last)))
+        read = maps_reader(self.mirrored)
+        logits: Tensor = self.head(read(self.network, x.contiguous(memory_format=torch.channels_last)))
         return logits
 
     @torch.no_grad()
@@ -201,12 +207,16 @@ class PredictedModel(hub.Shared, nn.Module):
         halves = Halves()
         with clock.stage("head"):
             fitter.add(
-                _mapped(self.network, self.preprocess, clock.iterate("reading", source), self.batchnorm, clock, halves)
-            )
+                _mapped(
+                    self.network, self.preprocess, clock.iterate("reading", source), self.batchnorm, clock, halves,
+                    mirrored=self.mirrored,
+                )
+            )  # fmt: skip
             head = fitter.fit()
         grown = PredictedModel(
             self.network, head, self.preprocess, classes,
             batchnorm=self.batchnorm, target_name=self.target_name, report=self.report, fitter=fitter,
+            mirrored=self.mirrored,
         )  # fmt: skip
         grown._report_added(source, new_classes, split, [*_memory_warnings(None, halves.limit)], clock)
         return grown
@@ -306,6 +316,7 @@ class PredictedModel(hub.Shared, nn.Module):
             "preprocess": self.preprocess.to_dict(),
             "classes": list(self.classes),
             "batchnorm": self.batchnorm,
+            "mirrored": self.mirrored,
             "head": self.head.config(),
             "report": self.report,
         }
@@ -354,11 +365,24 @@ def load(path: str | os.PathLike[str], target: nn.Module | None = None) -> Predi
             target_name=name,
             report=config["report"],
             fitter=fitter,
+            mirrored=config.get("mirrored") is True,  # files of before have none
         )
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RuntimeError) as error:
         got = f"{str(path)!r} ({one_line(error)})"
         hint = "It was made for another target network or another version."
         raise CheckpointError(message(where, "path", "a model that fits", got, hint)) from error
+
+
+def expected_accuracy(head: Head, report: Mapping[str, Any]) -> float:
+    """The head's leave-one-out accuracy, less what labels in the weights flatter it by.
+
+    Directions come from some of the head's images, and their labels. On those its leave-one-out error is too small, by
+    a share that the trial of the directions measured (``pudnet.directions.Trial``) and that falls as their number
+    grows; the error on the head's other images is fair. Hence the same correction however many are among them.
+    """
+    trial = report.get("directions") or {"optimism": 0.0, "images": 0}
+    flattery = trial["optimism"] * trial["images"] / head.info["images"]
+    return max(0.0, 1 - (1 - head.expected_accuracy) * (1 + flattery))
 
 
 def _device_of(module: nn.Module) -> torch.device:
@@ -373,18 +397,6 @@ def _match_batch_norms(network: nn.Module, weights: Mapping[str, Tensor]) -> Non
     """Give every BatchNorm running statistics exactly where ``weights`` has some: the policy decided that."""
     for prefix, norm in network.named_modules():
         if not isinstance(norm, _BatchNorm):
-def expected_accuracy(head: Head, report: Mapping[str, Any]) -> float:
-    """The head's leave-one-out accuracy, less what labels in the weights flatter it by.
-
-    Directions come from some of the head's images, and their labels. On those its leave-one-out error is too small, by
-    a share that the trial of the directions measured (``pudnet.directions.Trial``) and that falls as their number
-    grows; the error on the head's other images is fair. Hence the same correction however many are among them.
-    """
-    trial = report.get("directions") or {"optimism": 0.0, "images": 0}
-    flattery = trial["optimism"] * trial["images"] / head.info["images"]
-    return max(0.0, 1 - (1 - head.expected_accuracy) * (1 + flattery))
-
-
             continue
         norm.track_running_stats = f"{prefix}.running_mean" in weights or f"{prefix}.running_var" in weights
         if norm.track_running_stats:
@@ -405,6 +417,7 @@ def finish(
     batchnorm: str = "calibrated",
     seed: int = 0,
     growable: bool = False,
+    mirror: bool | None = None,
     clock: StageClock | None = None,
     reduce: Callable[[HeadFitter], HeadFitter] | None = None,
 ) -> PredictedModel:
@@ -415,6 +428,8 @@ def finish(
         source: the training images.
         sketch: a random sample of them; BatchNorm is calibrated on at most 500 of its images.
         growable: the model keeps what ``PredictedModel.add`` needs.
+        mirror: read every image in its mirror image too, with the head ``"ridge"``; None: where the sketch says that it
+            helps.
         clock: to go on counting on; None for a new one.
         reduce: what the head remembers of ``source`` -> what it remembers of all shards.
     """
@@ -433,13 +448,19 @@ def finish(
         known = None
         if features is not None and len(sketch.streams) == 1:
             known = _Known(sketch.indices[part], sketched, features)
+        if mirror is None:
+            labels = None if sketch.labels is None else sketch.labels[part]
+            mirror = head == "ridge" and batchnorm != "batch" and _mirroring_helps(network, images, labels, seed)
     with clock.stage("head"):
         batches = clock.iterate("reading", ordered(source, batchnorm, seed))
-        fitter.add(_mapped(network, preprocess, batches, batchnorm, clock, halves, known))
+        known = None if mirror else known
+        fitter.add(_mapped(network, preprocess, batches, batchnorm, clock, halves, known, mirrored=mirror))
         fitter = reduce(fitter) if reduce else fitter
         fitted = fitter.fit()
     kept = fitter if growable else None
-    model = PredictedModel(network, fitted, preprocess, source.classes, batchnorm=batchnorm, fitter=kept)
+    model = PredictedModel(
+        network, fitted, preprocess, source.classes, batchnorm=batchnorm, fitter=kept, mirrored=mirror
+    )
     total = clock.total()
     model.report = {
         "seconds": {**clock.seconds, "total": total},
@@ -450,8 +471,25 @@ def finish(
         "warnings": [*source.warnings, *_memory_warnings(calibrated_on, halves.limit)],
         "head": {"name": head, **fitted.info},
         "batchnorm": batchnorm,
+        "mirrored": mirror,
     }
     return model
+
+
+def _mirroring_helps(network: nn.Module, images: Tensor, labels: Tensor | None, seed: int) -> bool:
+    """Whether the head's leave-one-out error on some of the images is clearly less with their mirror images."""
+    if labels is None:
+        return False
+    rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:MIRROR_TRIAL]
+    classes, answers = labels[rows].unique(return_inverse=True)
+    if len(classes) < 2:
+        return False
+    errors = []
+    for read in (maps_reader(False), maps_reader(True)):
+        parts = zip(images[rows].split(CPU_BATCH), answers.split(CPU_BATCH), strict=True)
+        head = fit_head("ridge", ((read(network, some), truth) for some, truth in parts), len(classes))
+        errors.append(head.info["loo_squared_error"])
+    return bool(errors[1] < (1 - MIRROR_GAIN) * errors[0])
 
 
 def _prepared(preprocess: Preprocess, images: Tensor, device: torch.device) -> Tensor:
@@ -467,13 +505,15 @@ def _mapped(
     clock: StageClock,
     halves: Halves,
     known: _Known | None = None,
+    *,
+    mirrored: bool = False,
 ) -> Iterator[tuple[list[Tensor] | Tensor, Tensor]]:
     """Feature maps, or features that are known, and labels of every image."""
     device = _device_of(network)
 
     def maps_of(piece: Tensor) -> list[Tensor]:
         clock.check()
-        return feature_maps(network, _prepared(preprocess, piece, device))
+        return maps_reader(mirrored)(network, _prepared(preprocess, piece, device))
 
     start = 0
     for images, labels in batches:
@@ -528,7 +568,7 @@ def _set_policy(
             if not is_out_of_memory(error) or (size <= CPU_BATCH and not reuse):
                 raise
         else:
-            return None if size == most else size, pooled[0] if reuse else None
+            return None if size == most else size, pooled[0] if reuse and pooled else None  # without BatchNorm none ran
         if not reuse:  # less memory is needed without
             size //= 2
         reuse = False

@@ -29,7 +29,7 @@ from pudnet.features import feature_maps
 from pudnet.heads import HeadFitter, check_head
 from pudnet.models.pudnet import PudNet
 from pudnet.optimised import OptimisedPudNet
-from pudnet.predicted import BATCH, Classification, PredictedModel, finish, load
+from pudnet.predicted import BATCH, Classification, PredictedModel, expected_accuracy, finish, load
 from pudnet.serving import Halves, Token, all_or_errors, attempt, in_threads
 from pudnet.sketch import Sketch, SketchBuilder
 from pudnet.stages import STAGES, StageClock
@@ -196,6 +196,7 @@ class Predictor(hub.Shared):
         split: str = "train",
         classes: Sequence[str] | None = None,
         growable: bool = False,
+        mirror: bool | None = None,
         cancel: Token | None = None,
     ) -> PredictedModel:
         """Predict a classifier for a dataset: read, sketch, weights, BatchNorm statistics, head.
@@ -216,6 +217,8 @@ class Predictor(hub.Shared):
             classes: class names in label order; None for those of the source.
             growable: keep what ``PredictedModel.add`` needs, in the model and in its file: up to max(F, 2048) rows of
                 F features and, beyond so many images, an F x F matrix (``convnet3``: 43 and 85 MB at most).
+            mirror: with the head ``"ridge"``, read every image in its mirror image too: answers then take twice as
+                long. None: where it clearly helps a part of the sketch (``report["mirrored"]`` says so).
             cancel: a ``threading.Event`` or alike; looked at between stages and between batches of images.
 
         Raises:
@@ -223,7 +226,7 @@ class Predictor(hub.Shared):
             Cancelled: ``cancel`` was set.
         """
         where = "Predictor.predict"
-        _check_choices(where, head, batchnorm)
+        _check_choices(where, head, batchnorm, mirror)
         _require(sketch, (Sketch, type(None)), where, "sketch", "Make one with predictor.sketch(images, labels).")
         source, sample, clock = self._sample(images, labels, sketch_size, seed, split, classes, cancel)
         seen = sample if sketch is None else sketch
@@ -237,6 +240,7 @@ class Predictor(hub.Shared):
             "split": split,
             "classes": None if classes is None else list(classes),
             "growable": growable,
+            "mirror": mirror,
             "together": 1,
             "backends": ran,
         }
@@ -265,7 +269,7 @@ class Predictor(hub.Shared):
         """
         where, record = "Predictor.remake", report.get("provenance", report)
         steps = record.get("added", ())
-        names = ("head", "batchnorm", "sketch_size", "seed", "split", "classes", "growable")
+        names = ("head", "batchnorm", "sketch_size", "seed", "split", "classes", "growable", "mirror")
         missing = {*names, "checkpoint", "sha256", "net_sha256", "sketch", "model_sha256"} - set(record)
         if missing:
             rule = "of a model that Predictor.predict made"
@@ -344,6 +348,7 @@ class Predictor(hub.Shared):
                 "split": split,
                 "classes": None,
                 "growable": False,
+                "mirror": None,
                 "together": len(sketches),
                 "backends": ran,
             }
@@ -449,17 +454,17 @@ class Predictor(hub.Shared):
         """Directions and ``finish``, and what made the model; ``seen`` is the sketch that decided the weights."""
         with clock.stage("directions"):
             trial = self.net.insert_directions(network, seen)
-        options = {name: settings[name] for name in ("head", "batchnorm", "seed", "growable")}
+        options = {name: settings[name] for name in ("head", "batchnorm", "seed", "growable", "mirror")}
         model = finish(network, source, sample, self.net.preprocess, clock=clock, reduce=reduce, **options)
         model.target_name = self.net.target_name
+        model.report["directions"] = trial._asdict()
+        model.report["expected_accuracy"] = expected_accuracy(model.head, model.report)
+        self._judge(model.report, seen)
         model.report["provenance"] = {
             **self.origin,
             "net_sha256": self._net_sha256,
             "target": self.net.target_name,
             **provenance.environment(self.device),
-        model.report["directions"] = trial._asdict()
-        model.report["expected_accuracy"] = expected_accuracy(model.head, model.report)
-        self._judge(model.report, seen)
             "optimize": self._fast is not None,
             "dtype": str(torch.float32 if self._fast is None else self._fast.dtype).removeprefix("torch."),
             **settings,
@@ -469,11 +474,6 @@ class Predictor(hub.Shared):
         }
         return model
 
-
-def _pairs(where: str, datasets: Any) -> list[tuple[Any, Any]]:
-    """(images, labels) of each dataset."""
-    if not isinstance(datasets, (list, tuple)) or not datasets:
-        raise InputError(message(where, "datasets", "a list of at least one", type(datasets).__name__))
     def _judge(self, report: dict[str, Any], seen: Sketch) -> None:
         """Say in the report how far the dataset is from those of the training, where the checkpoint knows these."""
         known = self.net.card.get("familiarity")
@@ -488,11 +488,18 @@ def _pairs(where: str, datasets: Any) -> list[tuple[Any, Any]]:
                 "try how well a network trained from scratch does"
             )
 
+
+def _pairs(where: str, datasets: Any) -> list[tuple[Any, Any]]:
+    """(images, labels) of each dataset."""
+    if not isinstance(datasets, (list, tuple)) or not datasets:
+        raise InputError(message(where, "datasets", "a list of at least one", type(datasets).__name__))
     return [one if isinstance(one, tuple) and len(one) == 2 else (one, None) for one in datasets]
 
 
-def _check_choices(where: str, head: str, batchnorm: str) -> None:
+def _check_choices(where: str, head: str, batchnorm: str, mirror: bool | None = None) -> None:
     check_head(head)
+    if mirror and head != "ridge":
+        raise InputError(message(where, "mirror", "None or False with another head than 'ridge'", mirror))
     if batchnorm not in POLICIES:
         raise InputError(message(where, "batchnorm", f"one of {', '.join(POLICIES)}", repr(batchnorm)))
 

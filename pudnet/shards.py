@@ -81,6 +81,7 @@ def predict(
         "split": split,
         "classes": list(classes),
         "growable": False,
+        "mirror": None,
         "together": 1,
         "shards": world,
         "backends": ran,

@@ -48,7 +48,7 @@ def assert_equal(first: pudnet.PredictedModel, second: pudnet.PredictedModel) ->
 def test_starts_from_what_was_predicted(predictor: pudnet.Predictor, head: str) -> None:
     model, test = predictor.predict(*hard(20), head=head), hard(30, seed=1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    tunable = finetuning._Tunable(model.network, model.head).eval()
+    tunable = finetuning._Tunable(model.network, model.head, model.mirrored).eval()
     x = model.preprocess(test[0])
     with torch.no_grad():
         torch.testing.assert_close(tunable(x), model(x), atol=1e-4, rtol=1e-4)

@@ -28,11 +28,12 @@ def test_features_of_the_sketch_are_computed_once(
         return feature_maps(network, x)
 
     monkeypatch.setattr(predicted, "feature_maps", counting)
-    model = predictor.predict(images, labels, head=head, sketch_size=30)
+    monkeypatch.setattr(predicted, "maps_reader", lambda mirrored: counting)
+    model = predictor.predict(images, labels, head=head, sketch_size=30, mirror=False)
     assert read[1] == 30 and sum(read[1:]) == len(images)
     read.clear()
     monkeypatch.setattr(predicted, "REUSE_BYTES", 0)
-    again = predictor.predict(images, labels, head=head, sketch_size=30)
+    again = predictor.predict(images, labels, head=head, sketch_size=30, mirror=False)
     assert sum(read[1:]) == len(images) and 30 not in read
     assert model.report["expected_accuracy"] == again.report["expected_accuracy"]
     torch.testing.assert_close(logits_of(model, images), logits_of(again, images), rtol=1e-3, atol=1e-3)
