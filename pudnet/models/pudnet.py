@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, the field's usual constants
 LARGEST_SKETCH_SIDE = 64  # by default
+DIRECTION_IMAGES, CLASS_IMAGES = 500, 4  # of a sketch, directions come from so many images, or so many of each class
 LIMITS = {"sketch_size": 256, "layers": 64, "width": 2**16, "generator_width": 2**16}  # of what a checkpoint may ask
 
 
@@ -214,12 +215,12 @@ class PudNet(hub.Shared, nn.Module):
         found: Tensor = self.embedding(self._to_sketch_size(pixels), counts)
         return found if isinstance(images, (list, tuple)) else found[0]
 
-    def _prepared(self, images: Images | Sequence[Images]) -> tuple[Tensor, list[int]]:
     def image_embeddings(self, images: Tensor) -> Tensor:
         """Embeddings of single images, whose mean is their dataset's: normalised ``[n, 3, H, W] -> [n, G * D]``."""
         found: Tensor = self.embedding.image_features(self._to_sketch_size(images))
         return found
 
+    def _prepared(self, images: Images | Sequence[Images]) -> tuple[Tensor, list[int]]:
         """Normalised images of all sketches ``[n, 3, H, W]``, and how many each sketch has."""
         sketches = list(images) if isinstance(images, (list, tuple)) else [images]
         if not sketches:
@@ -291,8 +292,11 @@ class PudNet(hub.Shared, nn.Module):
         if not any(self.config.directions) or sketch.labels is None or len(sketch.labels.unique()) < 2:
             return Trial(False)
         device = self.temperature.device
-        images = self.preprocess(sketch.images).to(device).contiguous(memory_format=torch.channels_last)
-        labels = sketch.labels.to(device)
+        classes = len(sketch.labels.unique())
+        order = torch.randperm(len(sketch.images), generator=torch.Generator().manual_seed(0))
+        some = order[: max(DIRECTION_IMAGES, CLASS_IMAGES * classes)]
+        images = self.preprocess(sketch.images[some]).to(device).contiguous(memory_format=torch.channels_last)
+        labels = sketch.labels[some].to(device)
 
         def insert(module: nn.Module, x: Tensor, y: Tensor) -> None:
             self._insert(module, x, y)
