@@ -21,8 +21,19 @@ DIFFERENCES = (
     ("predicted, ridge, minus fine-tuning", "predicted-ridge", "finetune-5"),
     ("predicted, ridge, bfloat16 minus float32 parameters", "predicted-ridge-bfloat16", "predicted-ridge"),
     ("conditioning gain (own sketch minus another's), predicted, ridge", "predicted-ridge", "predicted-ridge-other"),
+    ("predicted, ridge, minus predicted from noise, ridge", "predicted-ridge", "predicted-ridge-noise"),
+    ("directions (predicted, ridge, minus the same without)", "predicted-ridge", "undirected-ridge"),
+    ("predicted and fine-tuned 1 epoch minus Adam 20 epochs", "predicted-finetune-1", "adam-20"),
     ("conditioning gain, predicted, cosine", "predicted-cosine", "predicted-cosine-other"),
     ("conditioning gain, PCA kernels, ridge", "pca-ridge", "pca-ridge-other"),
+)
+# Columns of the overview: heading, row, and what is taken off it.
+OVERVIEW = (
+    ("predicted", "predicted-ridge", None),
+    ("minus Adam, 20 epochs", "predicted-ridge", "adam-20"),
+    ("minus PCA kernels", "predicted-ridge", "pca-ridge"),
+    ("conditioning gain", "predicted-ridge", "predicted-ridge-other"),
+    ("minus noise", "predicted-ridge", "predicted-ridge-noise"),
 )
 CURVES = ("adam-5", "adam-20", "sgd-5", "sgd-20")
 POINTS = ("predicted-ridge", "predicted-cosine", "pca-ridge", "random-ridge", "finetune-5")
@@ -37,6 +48,7 @@ def markdown(document: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     """
     records: list[Record] = document["records"]
     lines = ["# Results", "", f"Made by `{document['command']}`; do not edit.", "", *_setting(document), ""]
+    lines += [*_overview(records, document), ""]
     for group in _groups(records):
         chosen = [record for record in records if record["group"] == group]
         lines += [f"## {_title(group, document)}", "", *_caption(group, chosen, document), ""]
@@ -47,6 +59,43 @@ def markdown(document: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     for title, path in pictures.items():
         lines += [f"![{title}]({path})", ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _overview(records: Sequence[Record], document: Mapping[str, Any]) -> list[str]:
+    """Every kind of task in a line, and the mean of the kinds."""
+    lines = [
+        "## Overview",
+        "",
+        "Top-1 in per cent and differences in points, all with the ridge head; ± where several tasks allow it.",
+        "",
+        f"| | {' | '.join(heading for heading, _, _ in OVERVIEW)} |",
+        "| --- |" + " ---: |" * len(OVERVIEW),
+    ]
+    columns: list[list[float]] = [[] for _ in OVERVIEW]
+    for group in _groups(records):
+        tops = {
+            key: {record["number"]: record["top1"] for record in chosen}
+            for key, chosen in _rows([record for record in records if record["group"] == group])
+        }
+        cells = []
+        for (_, plus, minus), column in zip(OVERVIEW, columns, strict=True):
+            if plus not in tops or (minus is not None and minus not in tops):
+                cells.append("")
+                continue
+            taken = tops[minus] if minus is not None else dict.fromkeys(tops[plus], 0.0)
+            mean, error = mean_and_error([100 * (tops[plus][task] - taken[task]) for task in sorted(tops[plus])])
+            column.append(mean)
+            cells.append(_signed(mean, minus is not None) + (f" ± {error:.1f}" if error is not None else ""))
+        lines.append(f"| {_title(group, document)} | {' | '.join(cells)} |")
+    means = [
+        _signed(statistics.fmean(column), minus is not None) if column else ""
+        for (_, _, minus), column in zip(OVERVIEW, columns, strict=True)
+    ]
+    return [*lines, f"| mean of these kinds | {' | '.join(means)} |"]
+
+
+def _signed(value: float, signed: bool) -> str:
+    return f"{value:+.1f}" if signed else f"{value:.1f}"
 
 
 def _setting(document: Mapping[str, Any]) -> list[str]:
@@ -60,7 +109,7 @@ def _setting(document: Mapping[str, Any]) -> list[str]:
         f"- Versions: {versions}",
         "- Accuracy: top-1 in per cent on the test images, ± standard error (over the tasks; for a single task, of the "
         "choice of test images). *Expected*: the leave-one-out accuracy the head reports without any test image.",
-        "- Seconds: *weights* for making the weights (sketch included), *finish* for BatchNorm calibration and head, "
+        "- Seconds: *weights* for making the weights (with sketch and directions), *finish* for calibration and head, "
         "*training* for gradient steps; *total* is everything from uint8 images in memory to the finished classifier. "
         "Means over the tasks.",
         "- Training from scratch uses the same network, images and preprocessing, with a linear classifier; each "
