@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 DATA ?= ../shared/data
 DEVICE ?= cpu
 
-.PHONY: demo test stress test-sanitize docs lint results results-architectures bench bench-scaling bench-compare bench-train performance wheel gpu
+.PHONY: demo test stress test-sanitize docs lint results results-architectures trust bench bench-scaling bench-compare bench-train performance wheel gpu
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -38,6 +38,10 @@ results: $(READY)
 # Predicted parameters on unseen architectures, half an hour; the baselines' checkpoints are in runs/ once trained.
 results-architectures: $(READY)
 	$(BIN)/python -m pudnet.evaluation.architectures --images $(DATA)/fashion_mnist.npz
+
+# Some minutes: the accuracy to expect beside the measured one, on many datasets; writes into docs/trust.md.
+trust: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pudnet.evaluation.trust --data $(DATA)
 
 # Ten minutes, one thread: every op and pass against its reference. AGAIN=-again runs it a second time, beside the first.
 bench: $(READY)

@@ -170,11 +170,13 @@ class Trial(NamedTuple):
         helps: whether a ridge head does better with them on images that they were not made from.
         optimism: by which share of it the leave-one-out error is larger on such images than on those that they were
             made from; 0 where they do not help.
+        error: the leave-one-out error, 0 to 1, on images that they were not made from.
         images: from how many they were made here; made from m images, they flatter these by about images / m of that.
     """
 
     helps: bool
     optimism: float = 0.0
+    error: float = 0.0
     images: int = 0
 
 
@@ -217,7 +219,7 @@ def try_directions(
     if not fair.info["loo_squared_error"] < fitted(copy.deepcopy(network)).info["loo_squared_error"]:
         return Trial(False)
     ratio = fair.info["loo_squared_error"] / max(directed(second).info["loo_squared_error"], 1e-12)
-    return Trial(True, max(0.0, ratio - 1), len(second))
+    return Trial(True, max(0.0, ratio - 1), 1 - fair.expected_accuracy, len(second))
 
 
 @contextmanager

@@ -378,11 +378,15 @@ def expected_accuracy(head: Head, report: Mapping[str, Any]) -> float:
 
     Directions come from some of the head's images, and their labels. On those its leave-one-out error is too small, by
     a share that the trial of the directions measured (``pudnet.directions.Trial``) and that falls as their number
-    grows; the error on the head's other images is fair. Hence the same correction however many are among them.
+    grows; the error on the head's other images is fair. Hence the same correction however many are among them. The
+    larger the share, the less leave-one-out says, and the more counts the error of the trial itself.
     """
-    trial = report.get("directions") or {"optimism": 0.0, "images": 0}
-    flattery = trial["optimism"] * trial["images"] / head.info["images"]
-    return max(0.0, 1 - (1 - head.expected_accuracy) * (1 + flattery))
+    error, trial = 1 - head.expected_accuracy, report.get("directions")
+    if trial and trial["helps"]:
+        share = trial["optimism"] * trial["images"] / head.info["images"]
+        mixed = error + min(1.0, share) * (trial["error"] - error)
+        error = min(1.0, max(error * (1 + share), mixed))
+    return 1 - error
 
 
 def _device_of(module: nn.Module) -> torch.device:

@@ -79,5 +79,13 @@ def test_expected_accuracy_takes_off_what_directions_flatter() -> None:
     features = torch.randn(80, 5, generator=generator) + labels[:, None]
     head = fit_head("ridge", [(features, labels)], 2)
     assert expected_accuracy(head, {}) == pytest.approx(head.expected_accuracy)
-    found = expected_accuracy(head, {"directions": {"helps": True, "optimism": 0.5, "images": 40}})
-    assert found == pytest.approx(1 - 1.25 * (1 - head.expected_accuracy)) and found < head.expected_accuracy
+
+    def expected(optimism: float, error: float) -> float:
+        trial = {"helps": True, "optimism": optimism, "error": error, "images": 40}
+        return expected_accuracy(head, {"directions": trial})
+
+    error = 1 - head.expected_accuracy
+    assert error > 0
+    assert expected(0.5, error) == pytest.approx(1 - 1.25 * error)
+    assert expected(1000.0, 0.5) == 0.0
+    assert expected(2.0, 0.5) == pytest.approx(1 - max(2 * error, 0.5))  # leave-one-out says nothing any more

@@ -137,7 +137,7 @@ def per_class(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return rows[torch.randperm(len(rows), generator=generator)]
 
 
-def _only(images: Images, chosen: Sequence[int]) -> Images:
+def only(images: Images, chosen: Sequence[int]) -> Images:
     """The images of the classes ``chosen``, labelled anew in that order."""
     new = torch.full((len(images.classes),), -1, dtype=torch.int64)
     new[list(chosen)] = torch.arange(len(chosen))
@@ -151,10 +151,11 @@ def _only(images: Images, chosen: Sequence[int]) -> Images:
 
 def read(data: Path, name: str, split: str, size: int) -> Images:
     """One part of ``data/name.npz``, resized."""
-    return _opened(data / f"{name}.npz", None, size, split)
+    return as_images(data / f"{name}.npz", None, size, split)
 
 
-def _opened(source: Any, labels: Tensor | None, size: int, split: str = "train") -> Images:
+def as_images(source: Any, labels: Tensor | None, size: int, split: str = "train") -> Images:
+    """Anything that ``open_images`` takes, resized."""
     opened = open_images(source, labels, size=size, split=split)
     images, indices = opened.tensors()
     return Images(images, indices, opened.classes)
@@ -173,7 +174,7 @@ def held_out_parts(data: Path, size: int, held_out: tuple[str, ...]) -> tuple[Im
         classes: list[str] = []
         for name in NATURAL:
             whole = read(data, name, split, size)
-            half = _only(whole, [label for label, known in enumerate(whole.classes) if known in set(held_out)])
+            half = only(whole, [label for label, known in enumerate(whole.classes) if known in set(held_out)])
             found.append((half.images, half.labels + len(classes)))
             classes += half.classes
         if unknown := sorted(set(held_out) - set(classes)):
@@ -210,7 +211,7 @@ def unseen_classes(material: Material, number: int, seed: int) -> Task:
     train, test = held_out_parts(material.data, material.size, material.held_out)
     generator = draw(seed, name, number)
     chosen = torch.randperm(len(train.classes), generator=generator)[: material.ways].tolist()
-    train, test = _only(train, chosen), _only(test, chosen)
+    train, test = only(train, chosen), only(test, chosen)
     train = train.take(per_class(train.labels, TRAIN_PER_CLASS, generator))
     return Task(name, number, seed, train, test, _other(material, name, seed), flip=True)
 
@@ -229,7 +230,7 @@ def digits_task(material: Material, number: int, seed: int) -> Task:
     from pudnet.demo import load_digits
 
     found = load_digits(seed + number)
-    train, test = (_opened(*part, material.size) for part in (found.train, found.test))
+    train, test = (as_images(*part, material.size) for part in (found.train, found.test))
     return Task("digits", number, seed, train, test, _other(material, "digits", seed))
 
 
