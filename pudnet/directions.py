@@ -6,6 +6,7 @@ n images, C channels, k x k kernels, P = C * k * k values of a patch, K classes.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -56,17 +57,20 @@ def fisher_directions(
         labels: int64 ``[n]``.
         count: at most so many.
         kernel_size: k.
-        shrinkage: added to the scatter within classes, in units of its mean variance, on the diagonal.
+        shrinkage: added to the scatter within classes, in units of its mean variance, on the diagonal. Where there is
+            hardly any, as with one image of each class, a little of the scatter between classes is.
 
     Returns:
         ``[m, C, k, k]`` of unit norm, m <= count, the leading one first.
 
     Raises:
-        ShapeError: not one label for every image. InputError: a single class.
+        ShapeError: not one label for every image, or kernels larger than ``x``. InputError: a single class.
     """
     where = "fisher_directions"
     if labels.shape != x.shape[:1]:
         raise ShapeError(message(where, "labels", f"[{len(x)}], one per image", list(labels.shape)))
+    if kernel_size > min(x.shape[2:]):
+        raise ShapeError(message(where, "kernel_size", f"at most {min(x.shape[2:])}, the side of x", kernel_size))
     members = F.one_hot(labels).to(x.dtype)  # [n, K]
     sizes = members.sum(0)
     if int((sizes > 0).sum()) < 2:
@@ -76,7 +80,8 @@ def fisher_directions(
     shares = (sizes / len(x)).sqrt().view(-1, 1, 1, 1)
     between = len(sizes) * _second_moment((class_means - mean) * shares, kernel_size)  # [P, P]
     within = _second_moment(x - class_means[labels], kernel_size)
-    within.diagonal().add_(shrinkage * within.diagonal().mean())
+    least = (RANK_TOLERANCE * between.diagonal().mean()).clamp_min(torch.finfo(x.dtype).tiny)
+    within.diagonal().add_(torch.maximum(shrinkage * within.diagonal().mean(), least))
     root = torch.linalg.cholesky(within)
     inverse = torch.linalg.solve_triangular(root, torch.eye(len(root)).to(root), upper=False)
     _, vectors = torch.linalg.eigh(inverse @ between @ inverse.T)  # ascending
@@ -109,7 +114,7 @@ def insert_directions(
     images: Tensor,
     pairs: Mapping[nn.Module, int],
     find: Callable[[Tensor, int, int], Tensor],
-) -> None:
+) -> dict[nn.Module, tuple[int, int]]:
     """Replace the last kernels of some convolutions by directions of what these read, layer by layer in one pass.
 
     The kernels that stay do not read the directions of the convolution before: they were made without them.
@@ -125,21 +130,26 @@ def insert_directions(
             found, the kernels in excess stay.
         find: ``(x, count, kernel_size) -> [m, C, k, k]``, one of the functions above.
 
+    Returns:
+        For each convolution that was changed, how many kernels stay, and how many channels, the first ones, these read.
+
     Raises:
         InputError: a convolution with groups, dilation or an oblong kernel, or with fewer than ``2 * pairs`` kernels.
     """
     for conv, count in pairs.items():
         require_plain("insert_directions", conv, count)
-    made: dict[nn.Conv2d, int] = {}  # kernels replaced in each convolution so far
+    made: dict[nn.Module, tuple[int, int]] = {}
+    previous = dict(itertools.pairwise(reversed(list(pairs))))
 
     def before(conv: nn.Module, inputs: tuple[Any, ...]) -> None:
         if isinstance(conv, nn.Conv2d) and conv not in made:
             found = find(inputs[0], pairs[conv], conv.kernel_size[0])
             kept = conv.weight[: conv.out_channels - 2 * len(found)]
-            before_it, replaced = list(made.items())[-1] if made else (conv, 0)
-            if replaced and conv.in_channels == before_it.out_channels:
-                kept[:, conv.in_channels - replaced :] = 0
-            made[conv] = 2 * len(found)
+            read, before_it = conv.in_channels, previous.get(conv)
+            if before_it in made and read == before_it.out_channels:
+                read = made[before_it][0]
+                kept[:, read:] = 0
+            made[conv] = len(kept), read
             norm = kept.flatten(1).norm(dim=1).mean() if len(kept) else 1.0
             conv.weight[len(kept) :] = norm * torch.cat([found, -found])
 
@@ -150,6 +160,7 @@ def insert_directions(
     finally:
         for handle in handles:
             handle.remove()
+    return made
 
 
 def require_plain(where: str, conv: nn.Module, count: int) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pudnet.directions import fisher_directions, insert_directions, principal_directions, try_directions
 from pudnet.errors import InputError, ShapeError
+from pudnet.models.pudnet import PudNet
 
 
 def images(n: int = 40, channels: int = 2, side: int = 7, seed: int = 0) -> Tensor:
@@ -53,6 +54,17 @@ def test_fisher_directions_want_labels_of_two_classes() -> None:
         fisher_directions(images(4), torch.ones(4, dtype=torch.int64), 2, 3)
 
 
+@pytest.mark.parametrize("x", [images(4), torch.ones(4, 2, 7, 7), torch.zeros(4, 2, 7, 7)])
+def test_fisher_directions_of_single_images_and_of_blank_ones(x: Tensor) -> None:
+    found = fisher_directions(x, torch.tensor([0, 2, 3, 5]), 4, 3)  # no scatter within a class; some numbers are unused
+    torch.testing.assert_close(found.flatten(1).norm(dim=1), torch.ones(4))
+
+
+def test_fisher_directions_are_no_larger_than_what_they_are_of() -> None:
+    with pytest.raises(ShapeError, match="at most 2, the side of x"):
+        fisher_directions(images(4, side=2), torch.arange(4) % 2, 2, 3)
+
+
 def network() -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -90,6 +102,34 @@ def test_kernels_that_stay_do_not_read_the_directions_before_them() -> None:
     kept = net[3].weight.detach()[:2, :4].clone()
     insert_directions(net, x, {net[0]: 2, net[3]: 2}, principal_directions)
     assert torch.equal(net[3].weight[:2, :4], kept) and not net[3].weight[:2, 4:].any()
+
+
+def test_a_convolution_between_without_directions_is_read_whole() -> None:
+    net, x = nn.Sequential(*(nn.Conv2d(count, 8, 3, padding=1) for count in (3, 8, 8))), images(30, 3, 8)
+    before = [conv.weight.detach().clone() for conv in net]
+    made = insert_directions(net, x, {net[0]: 2, net[1]: 0, net[2]: 2}, principal_directions)
+    assert made == {net[0]: (4, 3), net[2]: (4, 8)}
+    assert torch.equal(net[1].weight, before[1]) and torch.equal(net[2].weight[:4], before[2][:4])
+
+
+def test_training_puts_in_the_same_directions_as_prediction() -> None:
+    """Where patches have fewer dimensions than directions are wanted, and where a convolution reads other channels."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        target = nn.Sequential(
+            nn.Conv2d(3, 12, 1), nn.Conv2d(12, 12, 3, stride=2), nn.PixelShuffle(2), nn.Conv2d(3, 8, 3)
+        )
+        net = PudNet(target, image_size=8, width=16, directions=(5, 0, 2)).eval()
+    x, labels = images(20, 3, 8), torch.arange(20) % 4
+    weights = net.layout.views(net(x, [20])[0])
+    directed = net.with_directions(weights, x, labels)
+    network = net.materialise({name: weight.detach() for name, weight in weights.items()})
+    made = net._insert(network, x, labels)
+    assert made == {"0.weight": (6, 3), "3.weight": (4, 3)}
+    for name, weight in directed.items():
+        torch.testing.assert_close(weight, network.get_parameter(name))
+    (gradient,) = torch.autograd.grad(directed["0.weight"].sum(), weights["0.weight"])
+    assert gradient[:6].all() and not gradient[6:].any()
 
 
 def bars(n: int, side: int = 8) -> tuple[Tensor, Tensor]:

@@ -315,24 +315,23 @@ class PudNet(hub.Shared, nn.Module):
         """
         network = self.materialise({name: weight.detach() for name, weight in weights.items()})
         made = dict(weights)
-        ignored = 0  # channels that the kernels before have given to directions
-        for name, count in self._insert(network, images, labels).items():
+        for name, (kept, read) in self._insert(network, images, labels).items():
             inserted = network.get_parameter(name).detach()
-            kept = len(inserted) - 2 * count
-            read = inserted.shape[1] - ignored
+            ignored = inserted.shape[1] - read
             made[name] = torch.cat([F.pad(weights[name][:kept, :read], (0, 0, 0, 0, 0, ignored)), inserted[kept:]])
-            ignored = 2 * count
         return made
 
-    def _insert(self, network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, int]:
-        """Insert into ``network``; returns how many pairs went into which weight."""
+    def _insert(self, network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, tuple[int, int]]:
+        """Insert into ``network``; what ``pudnet.directions.insert_directions`` returns, by the names of weights."""
         counts = self.config.directions
         if not any(counts):
             return {}
         convs = self._directed(network)
         pairs = dict(zip(convs.values(), counts, strict=True))
-        insert_directions(network, images, pairs, lambda x, count, size: fisher_directions(x, labels, count, size))
-        return dict(zip(convs, counts, strict=True))
+        made = insert_directions(
+            network, images, pairs, lambda x, count, size: fisher_directions(x, labels, count, size)
+        )
+        return {name: made[conv] for name, conv in convs.items() if conv in made}
 
     def save(self, path: str | os.PathLike[str], *, card: Mapping[str, Any] | None = None, half: bool = False) -> None:
         """Write a checkpoint that ``PudNet.load`` reads.
