@@ -267,7 +267,8 @@ class Predictor(hub.Shared):
             InputError: other images than the recorded ones, a report without a record, or a model made from shards.
             PudnetError: the model differs from the recorded one; the message lists what else does.
         """
-        where, record = "Predictor.remake", report.get("provenance", report)
+        where = "Predictor.remake"
+        record = {"mirror": False, **report.get("provenance", report)}  # models of before it existed have none
         steps = record.get("added", ())
         names = ("head", "batchnorm", "sketch_size", "seed", "split", "classes", "growable", "mirror")
         missing = {*names, "checkpoint", "sha256", "net_sha256", "sketch", "model_sha256"} - set(record)

@@ -64,7 +64,7 @@ def test_the_sketch_decides() -> None:
         labels = (torch.arange(200) >= 100).long() if labels_are_sides else labels
         x = images.permute(0, 3, 1, 2).float() / 128 - 1
         answers.append(_mirroring_helps(network, x, labels, 0))
-    assert not answers[1]
+    assert answers == [True, False]
     assert not _mirroring_helps(network, x, None, 0) and not _mirroring_helps(network, x, torch.zeros(200).long(), 0)
 
 
@@ -73,3 +73,10 @@ def test_only_the_ridge_head_can(predictor: pudnet.Predictor) -> None:
     assert not predictor.predict(images, labels, head="cosine").mirrored
     with pytest.raises(InputError, match="mirror must be None or False"):
         predictor.predict(images, labels, head="cosine", mirror=True)
+
+
+def test_models_of_before_are_made_again_without(predictor: pudnet.Predictor) -> None:
+    images, labels = coloured(40)
+    record = predictor.predict(images, labels, mirror=False).report["provenance"]
+    del record["mirror"]
+    assert not predictor.remake(record, images, labels).mirrored
