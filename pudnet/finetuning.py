@@ -84,7 +84,8 @@ def finetune(
     kept if it is better than what was kept on images that were held out, by more than one standard error of the
     difference; where none is, the model that came is returned. The report gets ``finetuning``: settings, the curve (its
     first point is the model as it came), ``kept`` (the epoch that was best, 0 for none) and ``held_out`` (the accuracy
-    that decided, after each epoch). ``Predictor.remake`` refuses the result.
+    that decided, after each epoch: none higher is expected of an epoch's network). ``Predictor.remake`` refuses the
+    result.
 
     Args:
         model: stays as it is.
@@ -200,6 +201,9 @@ class _Tuning:
         _require_every_class(labels, model.classes)
         self.images, self.labels = images.to(device), labels.to(device)
         self.trained, self.held = (rows.to(device) for rows in _split(labels, settings.validation, settings.seed))
+        if settings.validation and not len(self.held):
+            rule = "0, or a share of some class that makes an image"
+            raise InputError(message(WHERE, "validation", rule, settings.validation, "Give more images."))
         self.test = _test_images(model, test)
         used = self.images[self.trained], self.labels[self.trained]
         check_training(WHERE, *used, len(model.classes), settings.epochs, settings.batch_size)
@@ -271,7 +275,8 @@ class _Tuning:
     def _finish(self) -> PredictedModel:
         """The best network so far, under a head fitted to all images."""
         if self.finished is None:
-            fitter = self._fitted(self.network, torch.arange(len(self.labels), device=self.labels.device))
+            everything = torch.cat([self.trained, self.held])  # mixed: a batch of one class would leak it (see ordered)
+            fitter = self._fitted(self.network, everything)
             self.finished = PredictedModel(
                 self.network, fitter.fit(), self.model.preprocess, self.model.classes,
                 batchnorm=self.model.batchnorm, target_name=self.model.target_name,
@@ -298,7 +303,7 @@ class _Tuning:
         return {
             **before,
             "seconds": {**before.get("seconds", {}), "finetuning": self.clock.seconds},
-            "expected_accuracy": head.expected_accuracy,
+            "expected_accuracy": self._expected(head),
             "skipped": [*before.get("skipped", ()), *(list(one) for one in source.skipped)],
             "warnings": [*before.get("warnings", ()), *source.warnings],
             "head": {"name": head.name, **head.info},
@@ -315,6 +320,12 @@ class _Tuning:
                 "model_sha256": provenance.digest_model(tuned.network, head),
             },
         }
+
+    def _expected(self, head: Head) -> float:
+        """The accuracy to expect: in a network that learned labels, leave-one-out flatters; held-out images do not."""
+        if not self.kept:
+            return float(self.model.report.get("expected_accuracy", head.expected_accuracy))
+        return min([head.expected_accuracy, *self.held_out[self.kept :][:1]])
 
     @torch.no_grad()
     def _fitted(self, network: nn.Module, rows: Tensor) -> HeadFitter:

@@ -98,10 +98,18 @@ def test_held_out_images_decide_what_is_returned(model: pudnet.PredictedModel, m
     assert [round(15 * top1) for top1 in entry["held_out"]] == [5, 4, 9, 9, 3]
     assert [round(15 * top1) for _, _, top1 in entry["curve"]] == [5, 5, 9, 9, 9]
     assert tuned.fitter is not None and tuned.head.info["images"] == 60
+    assert tuned.report["expected_accuracy"] == min(tuned.head.expected_accuracy, 9 / 15)
     counts = iter([5, 4, 5])
     same = pudnet.finetune(model, images, labels, epochs=2, batch_size=15, validation=0.25)
     assert same.report["finetuning"]["kept"] == 0
+    assert same.report["expected_accuracy"] == model.report["expected_accuracy"]
     assert_equal(same, model)
+
+
+def test_something_has_to_be_held_out(model: pudnet.PredictedModel) -> None:
+    with pytest.raises(InputError, match="validation must be 0, or"):
+        pudnet.finetune(model, *hard(2))
+    assert pudnet.finetune(model, *hard(2), batch_size=4, validation=0).report["finetuning"]["kept"] == 1
 
 
 def test_better_is_by_more_than_a_standard_error() -> None:
