@@ -186,7 +186,7 @@ def predict(
     for name in (*STAGES, "total"):
         table.add_row(name, f"{seconds[name]:.3f}", f"{100 * seconds[name] / seconds['total']:.0f} %")
     console.print(table)
-    console.print(f"Expected accuracy on new images: {100 * report['expected_accuracy']:.1f} % (leave-one-out)")
+    console.print(f"Expected accuracy on new images: {100 * report['expected_accuracy']:.1f} %")
     _notes(console, report)
     console.print(f"Model: {output}", soft_wrap=True, markup=False)
     _emit({"model": str(output), **report}, as_json)
@@ -242,7 +242,7 @@ def add(
         grown.save(claimed)
     report = grown.report
     console.print(f"{report['n']} images of {len(grown.classes)} classes now")
-    console.print(f"Expected accuracy on new images: {100 * report['expected_accuracy']:.1f} % (leave-one-out)")
+    console.print(f"Expected accuracy on new images: {100 * report['expected_accuracy']:.1f} %")
     _notes(console, report)
     console.print(f"Model: {output}", soft_wrap=True, markup=False)
     _emit({"model": str(output), **report}, as_json)
@@ -318,7 +318,7 @@ def finetune(
     console.print(
         f"{report['epochs']} epochs of {report['n']} images in {report['seconds']:.1f} s; the network is {kept}"
     )
-    console.print(f"Expected accuracy on new images: {100 * tuned.report['expected_accuracy']:.1f} % (leave-one-out)")
+    console.print(f"Expected accuracy on new images: {100 * tuned.report['expected_accuracy']:.1f} %")
     _notes(console, tuned.report)
     console.print(f"Model: {output}", soft_wrap=True, markup=False)
     _emit({"model": str(output), **tuned.report}, as_json)

@@ -437,6 +437,8 @@ def finish(
         clock: to go on counting on; None for a new one.
         reduce: what the head remembers of ``source`` -> what it remembers of all shards.
     """
+    if mirror and head != "ridge":
+        raise InputError(message("finish", "mirror", "None or False with another head than 'ridge'", mirror))
     device = _device_of(network)
     clock = clock or StageClock(device)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
