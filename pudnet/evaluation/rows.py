@@ -267,7 +267,7 @@ def _predicted_and_tuned(epochs: int) -> Callable[[Bench, Task], Outcome]:
         (_, _, first), *later = tuned.report["finetuning"]["curve"]
         curve = [(0.0, ready, first), *((epoch, ready + at, top1) for epoch, at, top1 in later)]
         seconds = {"finish": ready, "training": curve[-1][1] - ready, "total": curve[-1][1]}
-        return Outcome(curve[-1][2], seconds, tuned.report["expected_accuracy"], curve)
+        return Outcome(curve[-1][2], seconds, curve=curve)
 
     return run
 

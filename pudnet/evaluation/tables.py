@@ -260,6 +260,8 @@ def _colour(row: str) -> str:
         "predicted": "blue",
         "pca": "green",
         "random": "grey",
+        "undirected": "cyan",
+        "directions": "olive",
         "adam": "red",
         "sgd": "orange",
         "pixels": "brown",
