@@ -491,10 +491,15 @@ def _mirroring_helps(network: nn.Module, images: Tensor, labels: Tensor | None, 
     if len(classes) < 2:
         return False
     errors = []
-    for read in (maps_reader(False), maps_reader(True)):
-        parts = zip(images[rows].split(CPU_BATCH), answers.split(CPU_BATCH), strict=True)
-        head = fit_head("ridge", ((read(network, some), truth) for some, truth in parts), len(classes))
-        errors.append(head.info["loo_squared_error"])
+    try:
+        for read in (maps_reader(False), maps_reader(True)):
+            parts = zip(images[rows].split(CPU_BATCH), answers.split(CPU_BATCH), strict=True)
+            head = fit_head("ridge", ((read(network, some), truth) for some, truth in parts), len(classes))
+            errors.append(head.info["loo_squared_error"])
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return False  # it would take twice as much
     return bool(errors[1] < (1 - MIRROR_GAIN) * errors[0])
 
 

@@ -17,6 +17,7 @@ from stress.serving import SIDE, Countdown, Endless, memory_for, small_dataset, 
 from torch import Tensor
 
 import pudnet
+from pudnet import features as features_module
 from pudnet import predicted as predicted_module
 from pudnet.errors import InputError
 from pudnet.features import feature_maps
@@ -200,7 +201,8 @@ def test_knows_how_memory_runs_out() -> None:
 
 @pytest.fixture
 def memory_for_ten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predicted_module, "feature_maps", memory_for(10))
+    for module in (predicted_module, features_module):
+        monkeypatch.setattr(module, "feature_maps", memory_for(10))
 
 
 def test_images_are_read_in_halves(predictor: pudnet.Predictor, memory_for_ten: None) -> None:
@@ -247,5 +249,5 @@ def test_answers_in_halves(predictor: pudnet.Predictor, memory_for_ten: None) ->
     found = model.classify(images).probabilities
     assert found.shape == (25, 3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(predicted_module, "feature_maps", feature_maps)
+        patch.setattr(features_module, "feature_maps", feature_maps)
         torch.testing.assert_close(found, model.classify(images).probabilities)
