@@ -138,6 +138,11 @@ def _statistics(feature_map: Tensor, spread: bool) -> list[Tensor]:
     return [_root(means), _deviations(feature_map)] if spread and feature_map.dim() == 4 else [means]
 
 
+def last_features(maps: Sequence[Tensor]) -> Tensor:
+    """Averages of the last map over the grid that ``pool_features`` uses, as they are: ``[n, F]``."""
+    return _means(maps[-1])
+
+
 def _means(feature_map: Tensor) -> Tensor:
     if feature_map.dim() == 2:
         return feature_map

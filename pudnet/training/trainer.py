@@ -18,7 +18,7 @@ from pudnet.data.source import ImageSource, open_images
 from pudnet.directions import normalising_by_batch
 from pudnet.errors import InputError, message, one_line
 from pudnet.familiarity import describe
-from pudnet.features import feature_maps, pool_features
+from pudnet.features import feature_maps, last_features, pool_features
 from pudnet.models.pudnet import PudNet
 from pudnet.training.config import DataSource, TrainingConfig
 from pudnet.training.loop import BaseTrainer
@@ -115,7 +115,7 @@ class Trainer(BaseTrainer):
 
     def _feature_width(self) -> int:
         maps = self.net.try_target(feature_maps)
-        return int(pool_features(maps, "last", spread=False).shape[1])
+        return int(last_features(maps).shape[1])
 
     def _group(self, number: int) -> dict[str, Tensor]:
         """Loss of group ``number`` of the current step; all randomness comes from (seed, step, group)."""
@@ -129,7 +129,7 @@ class Trainer(BaseTrainer):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.run.amp):
             maps = self.net.call(weights, images, feature_maps)
         maps = [one.float() for one in maps]
-        features = pool_features(maps, "last", spread=False)
+        features = last_features(maps)
         classes = (episode.classes + int(self.first_class[source])).to(self.device)
         losses = group_losses(
             features, labels, episode.support, self.net.temperature, self.auxiliary(features), classes
@@ -232,7 +232,7 @@ class Trainer(BaseTrainer):
             with normalising_by_batch(network):
                 network(images[: episode.support])
             maps = feature_maps(network, images)
-            features, queries = pool_features(maps, "last", spread=False).split(sizes)
+            features, queries = last_features(maps).split(sizes)
             logits = cosine_logits(queries, class_means(features, known, VALIDATION_WAYS), self.net.temperature)
             cosine.append((logits.argmax(dim=1) == asked).float().mean())
             features, queries = pool_features(maps).split(sizes)
