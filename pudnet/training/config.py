@@ -166,10 +166,13 @@ class Settings:
 
     Attributes:
         seed: of everything random.
+        start: a checkpoint of the same hypernetwork to begin with in place of random parameters: a bundled name, or a
+            path.
         model: options of the hypernetwork.
     """
 
     seed: int = 0
+    start: str = ""
     model: Mapping[str, Any] = field(default_factory=dict)
     augment: Augment = Augment()
     optimiser: Optimiser = Optimiser()
@@ -240,16 +243,11 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(Settings):
-    """A whole training run of PudNet: ``target`` and ``data`` are needed.
-
-    Attributes:
-        start: a checkpoint of the same target to begin with instead of random parameters: a bundled name, or a path.
-    """
+    """A whole training run of PudNet: ``target`` and ``data`` are needed."""
 
     target: str
     data: tuple[DataSource, ...]
     preset: str = "default"
-    start: str = ""
     episodes: Episodes = Episodes()
     loss: Loss = Loss()
 

@@ -51,7 +51,9 @@ class GHNTrainer(BaseTrainer):
         self.image_size = shape[2]
         images, labels, self.classes = self._read()
         options = {**config.model, "num_classes": len(self.classes)}
-        self.ghn = GHN(config.ghn, seed=config.seed, **options).to(self.device).train()
+        self.ghn = GHN(config.ghn, seed=config.seed, **options)
+        self._start_from(config.start, self.ghn)
+        self.ghn.to(self.device).train()
         self.preprocess = self._normalisation()
         order = torch.from_numpy(np.random.default_rng(config.seed).permutation(len(images)))
         held_out, kept = order[: config.images.validation], order[config.images.validation :]

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from pudnet import checkpoint
 from pudnet.errors import CheckpointError, InputError, message, one_line
 from pudnet.files import atomic_path
+from pudnet.models.ghn import GHN
+from pudnet.models.pudnet import PudNet
 from pudnet.serving import stop_request
 from pudnet.training.config import Settings
 
@@ -50,6 +52,17 @@ class BaseTrainer(ABC):
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.steps_done = 0
+
+    def _start_from(self, name: str, model: PudNet | GHN) -> None:
+        """Give ``model`` the parameters of a trained hypernetwork, if the run names one."""
+        if not name:
+            return
+        try:
+            model.load_state_dict(type(model).from_pretrained(name).state_dict())
+        except RuntimeError as error:
+            rule = "a checkpoint of the same hypernetwork: its target or preset, and its model's options"
+            where = type(self).__name__
+            raise InputError(message(where, "start", rule, f"{name!r} ({one_line(error)})")) from error
 
     def _start(self, modules: Mapping[str, nn.Module], buffers: list[Tensor]) -> None:
         """Take what is trained, by name; ``buffers`` are running statistics that change in a step."""

@@ -16,7 +16,7 @@ from pudnet.data import families
 from pudnet.data.episodes import ClassPool, Episode, sample_episode
 from pudnet.data.source import ImageSource, open_images
 from pudnet.directions import normalising_by_batch
-from pudnet.errors import InputError, message, one_line
+from pudnet.errors import InputError, message
 from pudnet.familiarity import describe
 from pudnet.features import feature_maps, last_features, pool_features
 from pudnet.models.pudnet import PudNet
@@ -48,8 +48,7 @@ class Trainer(BaseTrainer):
         self.config = config
         self._check_groups("episodes.groups", config.episodes.groups)
         self.net = PudNet(config.target, config.preset, seed=config.seed, **config.model)
-        if config.start:
-            self._start_from(config.start)
+        self._start_from(config.start, self.net)
         self.net.to(self.device).train()
         self.pools, self.held_out = self._read(config.data)
         weights = np.array([source.weight for source in config.data])
@@ -60,14 +59,6 @@ class Trainer(BaseTrainer):
             self.auxiliary = nn.Linear(self._feature_width(), int(self.first_class[-1])).to(self.device)
         buffers = [value for value in self.net.buffers() if value.is_floating_point()]
         self._start({"net": self.net, "auxiliary": self.auxiliary}, buffers)
-
-    def _start_from(self, name: str) -> None:
-        """Take the parameters of a trained hypernetwork."""
-        try:
-            self.net.load_state_dict(PudNet.from_pretrained(name).state_dict())
-        except RuntimeError as error:
-            rule = "a checkpoint of the same target and model"
-            raise InputError(message("Trainer", "start", rule, f"{name!r} ({one_line(error)})")) from error
 
     def _read(self, sources: tuple[DataSource, ...]) -> tuple[list[ClassPool], list[ClassPool]]:
         train, held_out = [], []

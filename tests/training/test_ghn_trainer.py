@@ -73,6 +73,19 @@ def assert_equal(first, second):
         assert torch.equal(first[name], second[name]), name
 
 
+def test_starts_from_another_run(settings, tmp_path):
+    settings["optimiser"]["steps"] = 2
+    first = train(config_of(settings))
+    more = {**settings, "seed": 1, "start": str(first)}
+    assert_equal(GHNTrainer(config_of(more)).ghn.state_dict(), tensors(first))
+    second = tensors(train(config_of(more, output=str(tmp_path / "more"))))
+    assert any(not torch.equal(value, second[name]) for name, value in tensors(first).items())
+    with pytest.raises(InputError, match="start must be a checkpoint of the same hypernetwork"):
+        GHNTrainer(config_of({**more, "model": {**settings["model"], "width": 16}}))
+    with pytest.raises(InputError, match="a bundled name"):
+        GHNTrainer(config_of({**more, "start": "nowhere"}))
+
+
 @pytest.mark.parametrize(("preset", "steps"), [("ghn2", 30), ("ghn1", 3), ("mlp", 3)])
 def test_learns_and_validates(settings, preset, steps):
     seen, validated = [], []

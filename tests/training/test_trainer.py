@@ -188,7 +188,7 @@ def test_errors(settings, tmp_path):
     for change, words in (
         ({"augment": {"crop": 32}}, "augment.crop must be less than the image size"),
         ({"model": {"directions": [40]}}, "0 to 32, half the kernels"),
-        ({"start": "convnet3", "model": {"width": 16}}, "start must be a checkpoint of the same target"),
+        ({"start": "convnet3", "model": {"width": 16}}, "start must be a checkpoint of the same hypernetwork"),
         ({"model": {"image_size": 4}}, "network that reads .*3, 4, 4"),
     ):
         with pytest.raises(InputError, match=words):
