@@ -42,7 +42,12 @@ app = typer.Typer(
 Data = Annotated[Path, typer.Argument(help="Folder with one sub-folder per class, or .npz file.", show_default=False)]
 Model = Annotated[Path, typer.Argument(help="Model written by `pudnet predict`.", show_default=False)]
 Checkpoint = Annotated[str, typer.Option(help="The hypernetwork: path, bundled name or Hub id.")]
-HeadName = Annotated[str, typer.Option("--head", help="Classifier: ridge, ridge-last or cosine.")]
+HeadName = Annotated[
+    str,
+    typer.Option(
+        "--head", help="Classifier: kernel, ridge, ridge-last, cosine; auto: kernel up to 5,120 images, else ridge."
+    ),
+]
 Network = Annotated[
     str,
     typer.Argument(
@@ -104,7 +109,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @_command("pudnet demo")
 def demo(
     checkpoint: Checkpoint = "convnet3",
-    head: HeadName = "ridge",
+    head: HeadName = "auto",
     folder: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo"),
     max_seconds: Annotated[float, typer.Option(min=0, help="Longest training from scratch.")] = 60.0,
     device: Device = "auto",
@@ -141,7 +146,7 @@ def predict(
     data: Data,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the model goes.")] = Path("model.safetensors"),
     checkpoint: Checkpoint = "convnet3",
-    head: HeadName = "ridge",
+    head: HeadName = "auto",
     batchnorm: Annotated[str, typer.Option(help="BatchNorm statistics: calibrated, batch or shared.")] = "calibrated",
     sketch_size: Annotated[int, typer.Option(min=1, help="Images the weights are predicted from.")] = 1000,
     split: Annotated[str, typer.Option(help="Part of the data: train or test.")] = "train",

@@ -58,7 +58,7 @@ def load_digits(seed: int = 0) -> Digits:
 def run(
     checkpoint: str | os.PathLike[str] = "convnet3",
     *,
-    head: str = "ridge",
+    head: str = "auto",
     seed: int = 0,
     device: str | torch.device = "cpu",
     folder: str | os.PathLike[str] = "demo",

@@ -1,8 +1,9 @@
 """Fine-tuning: a predicted model's network, trained on from where the prediction left it.
 
 The head becomes a linear layer on the pooled features of all layers, its temperature folded in, so that the first step
-starts from exactly the predicted answers. All of it learns by gradient descent; then the head is solved again, in
-closed form, on what has become of the features. n images, K classes, F features.
+starts from exactly the predicted answers; a kernel head, which has next to nothing to learn from images that it keeps,
+is first replaced by a ridge head. All of it learns by gradient descent; then the head is solved again, in closed form,
+on what has become of the features. n images, K classes, F features.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from pudnet.descent import (
 )
 from pudnet.errors import CheckpointError, InputError, message, one_line
 from pudnet.features import maps_reader, pool_features
-from pudnet.heads import Head, HeadFitter
+from pudnet.heads import KERNEL_ROWS, Head, HeadFitter
 from pudnet.predicted import PredictedModel
 from pudnet.serving import Token, check
 
@@ -207,8 +208,14 @@ class _Tuning:
         self.test = _test_images(model, test)
         used = self.images[self.trained], self.labels[self.trained]
         check_training(WHERE, *used, len(model.classes), settings.epochs, settings.batch_size)
+        # Which head the tuned network gets: that of the model, if it takes so many images.
+        many = model.head.name == "kernel" and len(labels) > KERNEL_ROWS
+        self.head_name = "ridge" if many else model.head.name
         head = self._fitted(model.network, self.trained).fit() if settings.validation else model.head
-        self.tunable = _Tunable(model.network, head, model.mirrored)
+        linear = head
+        if head.name == "kernel":
+            linear = self._fitted(model.network, self.trained, "ridge").fit()
+        self.tunable = _Tunable(model.network, linear, model.mirrored)
         recipe = Recipe(settings.epochs, settings.batch_size, settings.flip, settings.shift, settings.seed)
         self.run = Run(self.tunable, self._optimiser(), *used, model.preprocess, recipe)
         self.kept = 0  # the epoch whose network is the best
@@ -328,9 +335,9 @@ class _Tuning:
         return min([head.expected_accuracy, *self.held_out[self.kept :][:1]])
 
     @torch.no_grad()
-    def _fitted(self, network: nn.Module, rows: Tensor) -> HeadFitter:
-        """What a head remembers of these images."""
-        fitter = HeadFitter(self.model.head.name, len(self.model.classes), seed=self.settings.seed)
+    def _fitted(self, network: nn.Module, rows: Tensor, name: str | None = None) -> HeadFitter:
+        """What a head remembers of these images; by default the one that the result gets."""
+        fitter = HeadFitter(name or self.head_name, len(self.model.classes), seed=self.settings.seed)
         fitter.add((self.read(network, self._prepared(part)), self.labels[part]) for part in rows.split(FIT_BATCH))
         return fitter
 

@@ -33,6 +33,13 @@ INITIAL_TEMPERATURE = 10.0
 # Above this many images the leave-one-out estimate of an accumulated head uses a random sample of so many (its
 # standard error is then at most 1.1 points).
 LOO_ROWS = 2048
+# Images that the kernel head takes at most: its cost grows with their cube, and it keeps their features.
+KERNEL_ROWS = 5120
+KERNEL_VALUES = 2**24  # of all their features, where it is the choice: 32 MB in a file
+# Width of its kernel, in units of the images' mean squared distance: on the validation classes and families 2 to 4 are
+# equally good, less does worse with directions, and much more is the linear head.
+KERNEL_WIDTH = 4.0
+KERNEL_START = -2  # half-decades: where its lambda is looked for first
 # Gram matrices are updated with at least so many rows at once: adding F x F numbers costs as much as 500 rows.
 CHUNK_ROWS = 1024
 # Half-decades of lambda, in units of the mean squared norm of the centred features.
@@ -69,8 +76,8 @@ class Head(nn.Module):
             self.register_buffer(key, tensor.detach().to(torch.float32, copy=True))
 
     @staticmethod
-    def shapes(num_classes: int, features: int) -> dict[str, list[int]]:
-        """Name and shape of every tensor of such a head."""
+    def shapes(num_classes: int, features: int, rows: int) -> dict[str, list[int]]:
+        """Name and shape of every tensor of such a head; ``rows``: images that it keeps."""
         return {"weight": [num_classes, features], "temperature": []}
 
     @property
@@ -83,7 +90,7 @@ class Head(nn.Module):
         return {
             "name": self.name,
             "num_classes": self.num_classes,
-            "features": self.weight.shape[1],
+            "features": self.info["features"],
             "expected_accuracy": self.expected_accuracy,
             "info": dict(self.info),
         }
@@ -118,7 +125,7 @@ class RidgeHead(Head):
     bias: Tensor  # [K]
 
     @staticmethod
-    def shapes(num_classes: int, features: int) -> dict[str, list[int]]:
+    def shapes(num_classes: int, features: int, rows: int) -> dict[str, list[int]]:
         return {"weight": [num_classes, features], "bias": [num_classes], "temperature": []}
 
     def scores(self, features: Tensor) -> Tensor:
@@ -131,7 +138,38 @@ class RidgeLastHead(RidgeHead):
     layers: ClassVar[Layers] = "last"
 
 
-HEADS: dict[str, type[Head]] = {"cosine": CosineHead, "ridge": RidgeHead, "ridge-last": RidgeLastHead}
+class KernelHead(Head):
+    """Kernel ridge regression of one-hot targets: an image is compared with every one that the head was fitted to.
+
+    Two images are alike by exp(-rate |a - b|^2) of the features of all layers. The head keeps the features of its
+    images, in half precision in a file, and reading them takes n F multiplications for each image.
+    """
+
+    rows: Tensor  # [n, F]
+    rate: Tensor  # []
+    bias: Tensor  # [K]
+
+    @staticmethod
+    def shapes(num_classes: int, features: int, rows: int) -> dict[str, list[int]]:
+        kept = {"rows": [rows, features], "rate": []}
+        return {"weight": [num_classes, rows], "bias": [num_classes], **kept, "temperature": []}
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        return {**super().state, "rows": self.rows.half()}  # exactly: they were fitted as such
+
+    def scores(self, features: Tensor) -> Tensor:
+        return F.linear(torch.exp(-self.rate * squared_distances(features, self.rows)), self.weight, self.bias)
+
+
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Between every row of ``a [n, F]`` and of ``b [m, F]``: ``[n, m]``."""
+    return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp_min(0)
+
+
+HEADS: dict[str, type[Head]] = {
+    "kernel": KernelHead, "ridge": RidgeHead, "ridge-last": RidgeLastHead, "cosine": CosineHead
+}  # fmt: skip
 
 
 class HeadFitter:
@@ -140,10 +178,10 @@ class HeadFitter:
     Up to max(F, ``loo_rows``) images the pooled features are kept and every image takes part in the leave-one-out
     estimate. Beyond that the Gram matrix is accumulated, and a random sample of that many images, kept on the way,
     takes part; memory is O(F^2 + F K) however many images there are. (The cosine head only ever needs class sums and
-    ``loo_rows`` images.)
+    ``loo_rows`` images. The kernel head keeps the features of all its images, and takes ``KERNEL_ROWS`` at most.)
 
     Args:
-        name: one of ``HEADS``: ``"cosine"``, ``"ridge"``, ``"ridge-last"``.
+        name: one of ``HEADS``: ``"kernel"``, ``"ridge"``, ``"ridge-last"``, ``"cosine"``.
         num_classes: K, at least 2 when it is fitted.
         seed: of the sample for the leave-one-out estimate.
         loo_rows: size of that sample.
@@ -171,21 +209,32 @@ class HeadFitter:
         In place of maps may be what :meth:`Head.pool` made of them, ``[b, F]``.
 
         Raises:
-            InputError: a label outside 0..K-1, features that are not finite. ShapeError, DtypeError: labels or maps of
-                a wrong shape or type.
+            InputError: a label outside 0..K-1, features that are not finite, too many images for the kernel head.
+            ShapeError, DtypeError: labels or maps of a wrong shape or type.
         """
         width = None if self._sample is None else self._sample.width
         for features, labels in _pooled_chunks(batches, HEADS[self.name], self.num_classes, width):
             if self._sample is None:
-                kept = self.loo_rows if self.name == "cosine" else max(features.shape[1], self.loo_rows)
-                self._sample = _Reservoir(kept, self.seed)
+                self._sample = _Reservoir(self._capacity(features.shape[1]), self.seed)
                 if self.name == "cosine":
                     self._whole = ClassSums(features.shape[1], self.num_classes, features.device)
+            self._require_room(self._sample.seen + len(labels))
             if self._whole is None and self._sample.seen + len(labels) > self._sample.capacity:
                 self._whole = _accumulate(self._sample, features.shape[1], self.num_classes, features.device)
             if self._whole is not None:
                 self._whole.update(features, labels)
             self._sample.add(features, labels)
+
+    def _capacity(self, width: int) -> int:
+        """How many rows of ``width`` features are kept."""
+        if self.name == "kernel":
+            return KERNEL_ROWS
+        return self.loo_rows if self.name == "cosine" else max(width, self.loo_rows)
+
+    def _require_room(self, images: int) -> None:
+        if self.name == "kernel" and images > KERNEL_ROWS:
+            hint = "Use the head 'ridge', which takes any number."
+            raise InputError(message("fit_head", "batches", f"at most {KERNEL_ROWS} images", images, hint))
 
     def add_classes(self, count: int) -> None:
         """Make room for ``count`` more classes, labelled after the present ones."""
@@ -201,7 +250,8 @@ class HeadFitter:
         The sample for the leave-one-out estimate is again uniform; it is another one than without the merge.
 
         Raises:
-            InputError: another head, other classes, another ``loo_rows``, or features of another width.
+            InputError: another head, other classes, another ``loo_rows``, features of another width, or too many images
+                for the kernel head.
         """
         if other._sample is None:
             return
@@ -215,6 +265,7 @@ class HeadFitter:
         if self._sample is None:
             self._sample, self._whole = copy.deepcopy((other._sample, other._whole))
             return
+        self._require_room(self._sample.seen + other._sample.seen)
         many = self._sample.seen + other._sample.seen > self._sample.capacity
         if many or self._whole is not None or other._whole is not None:
             self._whole = self._sums()
@@ -245,6 +296,8 @@ class HeadFitter:
         if self.name == "cosine":
             assert self._whole is not None
             fitted = _fit_cosine(self._whole, x, y)
+        elif self.name == "kernel":
+            fitted = _fit_kernel(x, y, self.num_classes)
         else:
             if self._whole is None and self._sample.seen > x.shape[1]:
                 self._whole = _accumulate(self._sample, x.shape[1], self.num_classes, x.device)
@@ -301,9 +354,7 @@ class HeadFitter:
             if shapes != got:
                 raise CheckpointError(message(where, "tensors", f"of the shapes {shapes}", got))
             _check_rows(where, rows, labels, num_classes)
-            fitter._sample = sample = _Reservoir(max(m, fitter.loo_rows), fitter.seed)
-            if name != "cosine":
-                sample.capacity = max(width, fitter.loo_rows)
+            fitter._sample = sample = _Reservoir(fitter._capacity(width), fitter.seed)
             sample.replace(rows, labels)
             sample.seen, sample.random = config["seen"], tensors["random"]
             torch.Generator().set_state(sample.random)
@@ -332,7 +383,7 @@ def _calibrated(name: str, fitted: _Fit) -> Head:
     correct = (fitted.loo_scores.argmax(1) == fitted.loo_labels) & repeated
     info = {
         "images": int(counts.sum()),
-        "features": fitted.tensors["weight"].shape[1],
+        "features": fitted.features,
         "loo_images": len(correct),
         "single_image_classes": int((counts == 1).sum()),
         "temperature": temperature,
@@ -343,10 +394,15 @@ def _calibrated(name: str, fitted: _Fit) -> Head:
     return HEADS[name](name, tensors, correct.double().mean().item(), info)
 
 
-def check_head(name: str) -> None:
-    """Raise InputError, listing the heads there are, unless ``name`` is one of them."""
-    if name not in HEADS:
-        known = ", ".join(repr(known) for known in HEADS)
+def choose_head(images: int, features: int) -> str:
+    """What the head ``"auto"`` stands for: the kernel head where the features that it keeps are few, else ridge."""
+    return "kernel" if images <= KERNEL_ROWS and images * features <= KERNEL_VALUES else "ridge"
+
+
+def check_head(name: str, *others: str) -> None:
+    """Raise InputError, listing the heads there are, unless ``name`` is one of them or of ``others``."""
+    if name not in (*others, *HEADS):
+        known = ", ".join(repr(known) for known in (*others, *HEADS))
         raise InputError(message("fit_head", "head", f"one of {known}", repr(name)))
 
 
@@ -363,7 +419,7 @@ def head_from_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     if config["name"] not in HEADS:
         raise CheckpointError(message(where, "config name", f"one of {', '.join(HEADS)}", repr(config["name"])))
     head = HEADS[config["name"]]
-    shapes = head.shapes(config["num_classes"], config["features"])
+    shapes = head.shapes(config["num_classes"], config["features"], len(tensors.get("rows", ())))
     got = {key: list(tensor.shape) for key, tensor in tensors.items()}
     if got != shapes:
         raise CheckpointError(message(where, "tensors", f"of the shapes {shapes}", got))
@@ -375,6 +431,7 @@ class _Fit:
     """What a fit yields before calibration; the leave-one-out scores [m, K] are those of ``loo_labels`` [m]."""
 
     tensors: dict[str, Tensor]
+    features: int  # F
     counts: Tensor  # [K] images per class
     loo_scores: Tensor
     loo_labels: Tensor
@@ -544,7 +601,7 @@ def _fit_cosine(whole: ClassSums, x: Tensor, y: Tensor) -> _Fit:
     # Nothing is left of a class of one image: the lowest cosine there is.
     own_score[counts[y] == 1] = -1.0
     scores.scatter_(1, y[:, None], own_score[:, None])
-    return _Fit({"weight": means}, counts, scores, y, {})
+    return _Fit({"weight": means}, x.shape[1], counts, scores, y, {})
 
 
 # ---- ridge ------------------------------------------------------------------------------------------------------
@@ -662,8 +719,13 @@ class _Solution:
     slope: float | None
     exponent: int
     lam: float
-    weights: Callable[[], tuple[Tensor, Tensor]]  # -> weight [K, F], bias [K]
+    weights: Callable[[], tuple[Tensor, Tensor]]  # -> weight [K, F], or [K, n] of a kernel, and bias [K]
     loo_scores: Tensor
+
+    def info(self, form: str) -> dict[str, Any]:
+        """What a head tells of its fit."""
+        relative = 10.0 ** (self.exponent / 2)
+        return {"lambda": self.lam, "lambda_relative": relative, "loo_squared_error": self.error, "form": form}
 
 
 def _fit_ridge(
@@ -682,13 +744,34 @@ def _fit_ridge(
         solve, scale = _primal_solver(whole, x, y)
     best = _best_lambda(solve, scale)
     weight, bias = best.weights()
-    info = {
-        "lambda": best.lam,
-        "lambda_relative": 10.0 ** (best.exponent / 2),
-        "loo_squared_error": best.error,
-        "form": "dual" if whole is None else "primal",
-    }
-    return _Fit({"weight": weight, "bias": bias}, counts, best.loo_scores, y, info)
+    info = best.info("dual" if whole is None else "primal")
+    return _Fit({"weight": weight, "bias": bias}, x.shape[1], counts, best.loo_scores, y, info)
+
+
+def _fit_kernel(x: Tensor, y: Tensor, num_classes: int) -> _Fit:
+    """Ridge regression in the space of the similarities' kernel; exact leave-one-out of all images."""
+    counts = torch.bincount(y, minlength=num_classes)
+    _require_every_class(counts)
+    x = x.half().to(x.dtype)  # as a file keeps them
+    kernel = squared_distances(x, x)  # [n, n], at first of distances
+    unit = kernel.mean(dtype=torch.float64).item()
+    rate = 1 / (KERNEL_WIDTH * unit) if unit > 0 else 1.0
+    kernel.mul_(-rate).exp_()
+    means = kernel.mean(0, dtype=torch.float64)  # [n]
+    # Centred, so that the mean of the targets is not penalised.
+    kernel -= (means - means.mean() / 2).to(x.dtype)
+    kernel -= (means - means.mean() / 2).to(x.dtype)[:, None]
+    share = counts.double() / len(x)
+
+    def weights(dual: Tensor) -> tuple[Tensor, Tensor]:
+        weight = dual.double().T  # [K, n]
+        return weight, share - weight @ means
+
+    scale = _lambda_scale(kernel.diagonal().mean(dtype=torch.float64).item(), means)
+    best = _best_lambda(_kernel_solver(kernel, y, share, scale, weights), scale, start=KERNEL_START)
+    weight, bias = best.weights()
+    tensors = {"weight": weight, "bias": bias, "rows": x, "rate": torch.tensor(rate, device=x.device)}
+    return _Fit(tensors, x.shape[1], counts, best.loo_scores, y, best.info("kernel"))
 
 
 def _accumulate(sample: _Reservoir, width: int, num_classes: int, device: torch.device) -> RidgeAccumulator:
@@ -704,12 +787,12 @@ def _accumulate(sample: _Reservoir, width: int, num_classes: int, device: torch.
 Solver = Callable[[int, float], _Solution | None]  # exponent, lambda -> solution, if there is one in float64
 
 
-def _best_lambda(solve: Solver, scale: float) -> _Solution:
-    """The grid's lambda with the least leave-one-out squared error: downhill from the middle.
+def _best_lambda(solve: Solver, scale: float, start: int = 0) -> _Solution:
+    """The grid's lambda with the least leave-one-out squared error: downhill from the exponent ``start``.
 
-    The error is smooth and, but for odd cases, has one minimum, so walking from the middle (lambda = scale, near which
-    image features have theirs) until it rises finds it in two or three steps instead of the whole grid. Slopes tell
-    which way to begin, and whether the minimum lies between the last two.
+    The error is smooth and, but for odd cases, has one minimum, so walking from near where image features have theirs
+    (lambda = scale, less for a kernel) until it rises finds it in two or three steps instead of the whole grid. Slopes
+    tell which way to begin, and whether the minimum lies between the last two.
     """
 
     def solve_at(exponent: int) -> _Solution | None:
@@ -725,8 +808,8 @@ def _best_lambda(solve: Solver, scale: float) -> _Solution:
                 break
         return best
 
-    middle = solve_at(0)
-    assert middle is not None, "positive definite: every eigenvalue is at least the mean one"
+    middle = solve_at(start)
+    assert middle is not None, "positive definite: every eigenvalue is at least a share of the mean one"
     if middle.slope is not None:
         return walk(middle, -1 if middle.slope > 0 else 1)
     up = walk(middle, 1)
@@ -753,15 +836,28 @@ def _loo_scores(labels: Tensor, num_classes: int, residuals: Tensor, slack: Tens
 
 def _dual_solver(x: Tensor, labels: Tensor, counts: Tensor) -> tuple[Solver, float]:
     """Ridge by the n x n kernel of the centred rows ``x [n, F]``; also the unit of lambda (mean squared norm)."""
-    n, num_classes = len(x), len(counts)
+    n = len(x)
     mean = x.mean(0, dtype=torch.float64)  # [F]
     centred = x - mean.to(x.dtype)
     kernel = x.new_empty(n, n)  # lower triangle
     for i, j in _row_blocks(n):
         torch.mm(centred[i:j], centred[:j].T, out=kernel[i:j, :j])
     share = counts.double() / n  # [K]
-    targets = F.one_hot(labels, num_classes) - share  # [n, K]
     scale = _lambda_scale(kernel.diagonal().mean(dtype=torch.float64).item(), mean)
+
+    def weights(dual: Tensor) -> tuple[Tensor, Tensor]:
+        weight = (dual.to(centred.dtype).T @ centred).double()  # [K, F]
+        return weight, share - weight @ mean
+
+    return _kernel_solver(kernel, labels, share, scale, weights), scale
+
+
+def _kernel_solver(
+    kernel: Tensor, labels: Tensor, share: Tensor, scale: float, weights: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> Solver:
+    """Ridge by a centred kernel ``[n, n]`` (lower triangle); ``weights``: dual coefficients ``[n, K]`` -> the model."""
+    n = len(kernel)
+    targets = F.one_hot(labels, len(share)) - share  # [n, K]
     # The centred kernel K has the eigenvector 1 with eigenvalue 0, and 1 - h_i = lam [(K + lam I)^-1]_ii - 1/n. Adding
     # `lift` to that eigenvalue takes most of 1/n off before it is computed; what remains to subtract is lam / (lift n).
     lift = kernel.diagonal().sum(dtype=torch.float64).item() + scale
@@ -779,20 +875,16 @@ def _dual_solver(x: Tensor, labels: Tensor, counts: Tensor) -> tuple[Solver, flo
         slack = lam * inverse.diagonal() - lam / (n * (lift + lam))
         # The inverse is symmetric, with columns side by side in memory: from the left it is read several times faster.
         dual = (targets.T.to(inverse.dtype) @ inverse).T  # [n, K]
-        scores, error = _loo_scores(labels, num_classes, lam * dual, slack)
+        scores, error = _loo_scores(labels, len(share), lam * dual, slack)
         # The error is the mean square of dual / gap, gap = slack / lam; A' = -A A for the inverse A.
         gap = slack / lam
         gap_slope = 1 / (n * (lift + lam) ** 2) - torch.linalg.vector_norm(inverse, dim=0).square()
         dual_slope = -(dual.T @ inverse).T
         slope = (dual * (dual_slope - dual * (gap_slope / gap)[:, None]) / gap[:, None].square()).sum().item()
 
-        def weights() -> tuple[Tensor, Tensor]:
-            weight = (dual.to(centred.dtype).T @ centred).double()  # [K, F]
-            return weight, share - weight @ mean
+        return _Solution(error, slope, exponent, lam, lambda: weights(dual), scores)
 
-        return _Solution(error, slope, exponent, lam, weights, scores)
-
-    return solve, scale
+    return solve
 
 
 def _primal_solver(whole: RidgeAccumulator, x: Tensor, labels: Tensor) -> tuple[Solver, float]:

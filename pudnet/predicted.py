@@ -9,6 +9,7 @@ import copy
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Unpack
 
 import torch
@@ -21,7 +22,7 @@ from pudnet.checkpoint import HubOptions
 from pudnet.data import ImageSource, Preprocess, open_images
 from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError, message, one_line
 from pudnet.features import feature_maps, maps_reader
-from pudnet.heads import HEADS, Head, HeadFitter, fit_head, head_from_config
+from pudnet.heads import HEADS, Head, HeadFitter, choose_head, fit_head, head_from_config
 from pudnet.serving import Halves, Token, is_out_of_memory
 from pudnet.sketch import Sketch
 from pudnet.stages import StageClock
@@ -32,6 +33,7 @@ CPU_BATCH = 32  # activations that stay in the cache: half the time of batches o
 MIRROR_TRIAL = 300  # images on which mirroring is tried
 MIRROR_GAIN = 0.01  # by how much it must lower the squared error, as every answer then takes twice as long
 REUSE_BYTES = 2**28  # of the sketch's feature maps at most, where calibration keeps them for the head
+MIRRORABLE = ("auto", "kernel", "ridge")  # heads that can read images in their mirror images too
 HEAD_PREFIX, FITTER_PREFIX = f"{checkpoint.OWN_PREFIX}head.", f"{checkpoint.OWN_PREFIX}fitter."
 
 
@@ -417,7 +419,7 @@ def finish(
     sketch: Sketch,
     preprocess: Preprocess,
     *,
-    head: str = "ridge",
+    head: str = "auto",
     batchnorm: str = "calibrated",
     seed: int = 0,
     growable: bool = False,
@@ -431,14 +433,15 @@ def finish(
         network: with weights from anywhere; it becomes part of the model and is changed.
         source: the training images.
         sketch: a random sample of them; BatchNorm is calibrated on at most 500 of its images.
+        head: one of ``pudnet.heads.HEADS``; ``"auto"`` for ``"kernel"`` where the images are few (``choose_head``) and
+            the model is not growable, else ``"ridge"``.
         growable: the model keeps what ``PredictedModel.add`` needs.
-        mirror: read every image in its mirror image too, with the head ``"ridge"``; None: where the sketch says that it
-            helps.
+        mirror: read every image in its mirror image too, with a head that ``can_mirror``; None: where the sketch says
+            that it helps.
         clock: to go on counting on; None for a new one.
         reduce: what the head remembers of ``source`` -> what it remembers of all shards.
     """
-    if mirror and head != "ridge":
-        raise InputError(message("finish", "mirror", "None or False with another head than 'ridge'", mirror))
+    require_mirrorable("finish", head, mirror)
     device = _device_of(network)
     clock = clock or StageClock(device)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -447,16 +450,22 @@ def finish(
     # As many as one batch has: a random part, as the images of a small sketch may be in the order of their classes.
     part = torch.randperm(len(sketch.images), generator=torch.Generator().manual_seed(seed))[:BATCH_SIZE].sort().values
     sketched = preprocess.resize(sketch.images[part])
-    fitter = HeadFitter(head, len(source.classes), seed=seed)
+    reads = HEADS["ridge" if head == "auto" else head]
     with clock.stage("calibration"):
         images = _prepared(preprocess, sketched, device)
-        calibrated_on, features = _set_policy(network, batchnorm, images, seed, HEADS[head])
+        calibrated_on, features = _set_policy(network, batchnorm, images, seed, reads)
         known = None
         if features is not None and len(sketch.streams) == 1:
             known = _Known(sketch.indices[part], sketched, features)
         if mirror is None:
             labels = None if sketch.labels is None else sketch.labels[part]
-            mirror = head == "ridge" and batchnorm != "batch" and _mirroring_helps(network, images, labels, seed)
+            wanted = head in MIRRORABLE and batchnorm != "batch"
+            mirror = wanted and _mirroring_helps(network, images, features, labels, seed)
+        if head == "auto":
+            head = (
+                "ridge" if growable else choose_head(int(sketch.seen.sum()), _width(network, images, features, reads))
+            )
+    fitter = HeadFitter(head, len(source.classes), seed=seed)
     with clock.stage("head"):
         batches = clock.iterate("reading", ordered(source, batchnorm, seed))
         known = None if mirror else known
@@ -482,25 +491,47 @@ def finish(
     return model
 
 
-def _mirroring_helps(network: nn.Module, images: Tensor, labels: Tensor | None, seed: int) -> bool:
-    """Whether the head's leave-one-out error on some of the images is clearly less with their mirror images."""
+def _width(network: nn.Module, images: Tensor, features: Tensor | None, head: type[Head]) -> int:
+    """F, of the head's features."""
+    found = head.pool(feature_maps(network, images[:2])) if features is None else features
+    return found.shape[1]
+
+
+def require_mirrorable(where: str, head: str, mirror: bool | None) -> None:
+    """Refuse ``mirror`` with a head that cannot read mirror images."""
+    if mirror and head not in MIRRORABLE:
+        rule = "None or False with another head than " + ", ".join(repr(one) for one in MIRRORABLE)
+        raise InputError(message(where, "mirror", rule, mirror))
+
+
+def _mirroring_helps(
+    network: nn.Module, images: Tensor, features: Tensor | None, labels: Tensor | None, seed: int
+) -> bool:
+    """Whether the head's leave-one-out error on some of the images is clearly less with their mirror images.
+
+    Args:
+        features: what the head reads of the images, where that is known already.
+    """
     if labels is None:
         return False
     rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:MIRROR_TRIAL]
     classes, answers = labels[rows].unique(return_inverse=True)
     if len(classes) < 2:
         return False
-    errors = []
+
+    def error(found: Iterable[Sequence[Tensor] | Tensor]) -> float:
+        head = fit_head("ridge", zip(found, answers.split(CPU_BATCH), strict=True), len(classes))
+        return float(head.info["loo_squared_error"])
+
+    parts = images[rows].split(CPU_BATCH)
     try:
-        for read in (maps_reader(False), maps_reader(True)):
-            parts = zip(images[rows].split(CPU_BATCH), answers.split(CPU_BATCH), strict=True)
-            head = fit_head("ridge", ((read(network, some), truth) for some, truth in parts), len(classes))
-            errors.append(head.info["loo_squared_error"])
-    except Exception as error:
-        if not is_out_of_memory(error):
+        usual, both = (map(partial(maps_reader(mirrored), network), parts) for mirrored in (False, True))
+        before = error(usual if features is None else features[rows].split(CPU_BATCH))
+        return error(both) < (1 - MIRROR_GAIN) * before
+    except Exception as problem:
+        if not is_out_of_memory(problem):
             raise
         return False  # it would take twice as much
-    return bool(errors[1] < (1 - MIRROR_GAIN) * errors[0])
 
 
 def _prepared(preprocess: Preprocess, images: Tensor, device: torch.device) -> Tensor:

@@ -29,7 +29,15 @@ from pudnet.features import feature_maps
 from pudnet.heads import HeadFitter, check_head
 from pudnet.models.pudnet import PudNet
 from pudnet.optimised import OptimisedPudNet
-from pudnet.predicted import BATCH, Classification, PredictedModel, expected_accuracy, finish, load
+from pudnet.predicted import (
+    BATCH,
+    Classification,
+    PredictedModel,
+    expected_accuracy,
+    finish,
+    load,
+    require_mirrorable,
+)
 from pudnet.serving import Halves, Token, all_or_errors, attempt, in_threads
 from pudnet.sketch import Sketch, SketchBuilder
 from pudnet.stages import STAGES, StageClock
@@ -188,7 +196,7 @@ class Predictor(hub.Shared):
         images: Any,
         labels: Any = None,
         *,
-        head: str = "ridge",
+        head: str = "auto",
         batchnorm: str = "calibrated",
         sketch: Sketch | None = None,
         sketch_size: int = SKETCH_SIZE,
@@ -208,7 +216,9 @@ class Predictor(hub.Shared):
                 tensor) with ``labels``, a torch ``Dataset`` or ``DataLoader`` of (image, label), or what
                 ``pudnet.data.open_images`` opened, with options that only it has (``follow_symlinks``).
             labels: ``[n]`` integers or names, for arrays.
-            head: ``"ridge"``, ``"ridge-last"`` or ``"cosine"``.
+            head: ``"kernel"``, ``"ridge"``, ``"ridge-last"`` or ``"cosine"``; ``"auto"`` is ``"kernel"`` for at most
+                5,120 images, as long as the features that it keeps of them are few, and else ``"ridge"``
+                (``report["head"]["name"]`` says which).
             batchnorm: ``"calibrated"``, ``"batch"`` or ``"shared"``.
             sketch: decides the weights instead of the one drawn here; BatchNorm is calibrated on the given images.
             sketch_size: images in the one drawn here, at most.
@@ -216,9 +226,10 @@ class Predictor(hub.Shared):
             split: which part of a source that has several.
             classes: class names in label order; None for those of the source.
             growable: keep what ``PredictedModel.add`` needs, in the model and in its file: up to max(F, 2048) rows of
-                F features and, beyond so many images, an F x F matrix (``convnet3``: 43 and 85 MB at most).
-            mirror: with the head ``"ridge"``, read every image in its mirror image too: answers then take twice as
-                long. None: where it clearly helps a part of the sketch (``report["mirrored"]`` says so).
+                F features and, beyond so many images, an F x F matrix (``convnet3``: 43 and 85 MB at most). The head
+                ``"auto"`` is then ``"ridge"``.
+            mirror: with the heads ``"kernel"`` and ``"ridge"``, read every image in its mirror image too: answers then
+                take twice as long. None: where it clearly helps a part of the sketch (``report["mirrored"]`` says so).
             cancel: a ``threading.Event`` or alike; looked at between stages and between batches of images.
 
         Raises:
@@ -307,7 +318,7 @@ class Predictor(hub.Shared):
         self,
         datasets: Sequence[Any],
         *,
-        head: str = "ridge",
+        head: str = "auto",
         batchnorm: str = "calibrated",
         sketch_size: int = SKETCH_SIZE,
         seed: int = 0,
@@ -373,7 +384,7 @@ class Predictor(hub.Shared):
         datasets: Sequence[Any],
         *,
         workers: int = 4,
-        head: str = "ridge",
+        head: str = "auto",
         batchnorm: str = "calibrated",
         sketch_size: int = SKETCH_SIZE,
         seed: int = 0,
@@ -498,9 +509,8 @@ def _pairs(where: str, datasets: Any) -> list[tuple[Any, Any]]:
 
 
 def _check_choices(where: str, head: str, batchnorm: str, mirror: bool | None = None) -> None:
-    check_head(head)
-    if mirror and head != "ridge":
-        raise InputError(message(where, "mirror", "None or False with another head than 'ridge'", mirror))
+    check_head(head, "auto")
+    require_mirrorable(where, head, mirror)
     if batchnorm not in POLICIES:
         raise InputError(message(where, "batchnorm", f"one of {', '.join(POLICIES)}", repr(batchnorm)))
 

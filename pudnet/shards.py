@@ -36,7 +36,7 @@ def predict(
     labels: Any = None,
     *,
     classes: Sequence[str],
-    head: str = "ridge",
+    head: str = "auto",
     batchnorm: str = "calibrated",
     sketch_size: int = SKETCH_SIZE,
     seed: int = 0,

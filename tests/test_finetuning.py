@@ -60,6 +60,18 @@ def test_starts_from_what_was_predicted(predictor: pudnet.Predictor, head: str) 
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_kernel_head_is_replaced_for_training_and_comes_back(
+    predictor: pudnet.Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = predictor.predict(*hard(20))
+    assert model.head.name == "kernel"
+    tuned = pudnet.finetune(model, *hard(20), lr=1e-9, batch_size=16, validation=0)
+    assert tuned.head.name == "kernel" and tuned.report["finetuning"]["kept"] == 1
+    torch.testing.assert_close(logits_of(tuned, hard(30)[0]), logits_of(model, hard(30)[0]), atol=0.05, rtol=0.05)
+    monkeypatch.setattr(finetuning, "KERNEL_ROWS", 59)  # more images than the head could keep
+    assert pudnet.finetune(model, *hard(20), batch_size=16, validation=0).head.name == "ridge"
+
+
 def test_changes_everything_and_says_so(model: pudnet.PredictedModel, tmp_path: Path) -> None:
     images, labels = hard(20)
     tuned = pudnet.finetune(model, images, labels, epochs=4, lr=3e-3, batch_size=16, validation=0)

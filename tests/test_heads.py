@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pudnet import heads
 from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError
 from pudnet.features import pool_features
 from pudnet.heads import (
@@ -20,6 +22,7 @@ from pudnet.heads import (
     _dual_solver,
     _primal_solver,
     _Reservoir,
+    choose_head,
     fit_head,
     fit_temperature,
     head_from_config,
@@ -99,6 +102,74 @@ def test_ridge_and_its_leave_one_out_equal_refitting(form: str, n: int, features
     weight_ref, bias_ref = refit(x, y, 3, lam)
     torch.testing.assert_close(weight, weight_ref, rtol=2e-3, atol=2e-4)
     torch.testing.assert_close(bias, bias_ref, rtol=2e-3, atol=2e-3)
+
+
+def kernel_refit(x: Tensor, y: Tensor, classes: int, lam: float, rate: float) -> tuple[Tensor, Tensor]:
+    """Kernel ridge regression with an unpenalised intercept, from its bordered system: dual ``[n, K]``, bias."""
+    n, ones = len(x), x.new_ones(len(x), 1).double()
+    kernel = torch.exp(-rate * torch.cdist(x.double(), x.double()).square())
+    system = torch.cat(
+        [torch.cat([kernel + lam * torch.eye(n), ones], 1), torch.cat([ones.T, ones.new_zeros(1, 1)], 1)]
+    )
+    solved = torch.linalg.solve(system, torch.cat([F.one_hot(y, classes).double(), ones.new_zeros(1, classes)]))
+    return solved[:-1], solved[-1]
+
+
+@pytest.mark.parametrize("noise", [0.3, 2.0])
+def test_the_kernel_head_and_its_leave_one_out_equal_refitting(noise: float) -> None:
+    maps, y = data(40, 3, 12, noise)
+    y = torch.where(y == 2, y * (torch.arange(40) % 2), y)  # unbalanced
+    head = fit_head("kernel", batched(maps, y, 16), 3)
+    x, rate, lam = head.rows.double(), float(head.rate), head.info["lambda"]
+    assert isinstance(head.rows, Tensor) and torch.equal(head.rows, pool_features(maps).half().float())
+    assert rate == pytest.approx(1 / (4 * torch.cdist(x, x).square().mean().item()), rel=1e-4)
+    dual, bias = kernel_refit(x, y, 3, lam, rate)
+    torch.testing.assert_close(head.weight.double(), dual.T, rtol=2e-3, atol=1e-4)
+    torch.testing.assert_close(head.bias.double(), bias, rtol=2e-3, atol=1e-4)
+    test, _ = data(7, 3, 12, noise, seed=1)
+    near = torch.exp(-rate * torch.cdist(pool_features(test).double(), x).square())
+    torch.testing.assert_close(
+        head(test).double(), head.temperature.double() * (near @ dual + bias), rtol=1e-3, atol=1e-3
+    )
+    errors, right = [], 0
+    for i in range(40):
+        rest = torch.arange(40) != i
+        dual, bias = kernel_refit(x[rest], y[rest], 3, lam, rate)
+        score = torch.exp(-rate * torch.cdist(x[i : i + 1], x[rest]).square())[0] @ dual + bias
+        errors.append((F.one_hot(y[i], 3) - score).square().mean().item())
+        right += int(score.argmax() == y[i])
+    assert head.info["loo_squared_error"] == pytest.approx(sum(errors) / 40, rel=2e-3)
+    assert head.expected_accuracy == pytest.approx(right / 40)
+
+
+def test_the_kernel_head_sees_what_no_line_separates() -> None:
+    g = torch.Generator().manual_seed(0)
+    corner = torch.randint(0, 2, (400, 2), generator=g).float() * 2 - 1
+    x = torch.cat([corner + 0.3 * torch.randn(400, 2, generator=g), torch.ones(400, 1)], 1)
+    y = (corner.prod(1) > 0).long()  # exclusive or
+    linear, kernel = (fit_head(name, [([x[:200]], y[:200])], 2) for name in ("ridge", "kernel"))
+    right = [float((head([x[200:]]).argmax(1) == y[200:]).float().mean()) for head in (linear, kernel)]
+    assert right[0] < 0.7 and right[1] > 0.95
+
+
+def test_the_kernel_head_takes_so_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "KERNEL_ROWS", 30)
+    maps, y = data(40, 3, 12)
+    fitter = HeadFitter("kernel", 3)
+    fitter.add(batched([m[:30] for m in maps], y[:30], 7))
+    other = copy.deepcopy(fitter)
+    with pytest.raises(InputError, match=r"at most 30 images; got 31.*Use the head 'ridge'"):
+        fitter.add([([m[:1] for m in maps], y[:1])])
+    with pytest.raises(InputError, match="at most 30 images; got 60"):
+        fitter.merge(other)
+    assert fitter.fit().info["images"] == 30
+
+
+def test_the_choice_of_a_head() -> None:
+    assert choose_head(5120, 3264) == "kernel" and choose_head(5121, 3264) == "ridge"
+    assert choose_head(1833, 9152) == "kernel" and choose_head(1834, 9152) == "ridge"  # of 2^24 values
+    with pytest.raises(InputError, match="head must be one of 'kernel'"):
+        HeadFitter("auto", 3)
 
 
 def test_dual_and_primal_agree_on_scale_and_solution() -> None:
@@ -349,7 +420,8 @@ def test_state_and_config_rebuild_the_head(name: str) -> None:
     assert torch.equal(rebuilt(maps), head(maps))
     assert rebuilt.config() == head.config()
     assert set(head.state_dict()) == set(head.state)
-    assert all(t.dtype == torch.float32 for t in head.state.values())
+    halves = {"rows"} if name == "kernel" else set()  # in a file
+    assert {key for key, tensor in head.state.items() if tensor.dtype != torch.float32} == halves
 
 
 @ALL
@@ -371,9 +443,10 @@ def test_fitting_in_inference_mode_gives_a_usable_module(name: str) -> None:
     assert x[-1].grad is not None
 
 
-def test_exports_with_a_dynamic_batch() -> None:
+@ALL
+def test_exports_with_a_dynamic_batch(name: str) -> None:
     maps = [torch.rand(30, 4, 8, 8), torch.rand(30, 6, 2, 2)]
-    head = fit_head("ridge", [(maps, torch.arange(30) % 3)], 3)
+    head = fit_head(name, [(maps, torch.arange(30) % 3)], 3)
     batch = torch.export.Dim("batch", min=1, max=64)
     exported = torch.export.export(head, (maps,), dynamic_shapes=([{0: batch}, {0: batch}],)).module()
     few = [m[:5] for m in maps]
@@ -412,7 +485,7 @@ def test_bad_input(name: str) -> None:
 
 
 def test_unknown_head_lists_the_known() -> None:
-    with pytest.raises(InputError, match="'cosine', 'ridge', 'ridge-last'"):
+    with pytest.raises(InputError, match="'kernel', 'ridge', 'ridge-last', 'cosine'"):
         fit_head("svm", [], 2)
 
 

@@ -63,12 +63,19 @@ def test_the_sketch_decides() -> None:
         images, labels = sided(200, mirrored=True)
         labels = (torch.arange(200) >= 100).long() if labels_are_sides else labels
         x = images.permute(0, 3, 1, 2).float() / 128 - 1
-        answers.append(_mirroring_helps(network, x, labels, 0))
+        answers.append(_mirroring_helps(network, x, None, labels, 0))
+        known = head_features(network, x)
+        assert _mirroring_helps(network, x, known, labels, 0) == answers[-1]
     assert answers == [True, False]
-    assert not _mirroring_helps(network, x, None, 0) and not _mirroring_helps(network, x, torch.zeros(200).long(), 0)
+    for nothing in (None, torch.zeros(200).long()):
+        assert not _mirroring_helps(network, x, None, nothing, 0)
 
 
-def test_only_the_ridge_head_can(predictor: pudnet.Predictor) -> None:
+def head_features(network: ConvNet3, x: torch.Tensor) -> torch.Tensor:
+    return pool_features(feature_maps(network, x))
+
+
+def test_only_heads_of_all_layers_can(predictor: pudnet.Predictor) -> None:
     images, labels = coloured(40)
     assert not predictor.predict(images, labels, head="cosine").mirrored
     with pytest.raises(InputError, match="mirror must be None or False"):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import pudnet
-from pudnet import checkpoint
+from pudnet import checkpoint, heads
 from pudnet.checkpoint import PRETRAINED
 from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError
 from pudnet.predicted import Classification
@@ -85,11 +85,25 @@ def test_predicts_a_classifier_that_works(model: pudnet.PredictedModel) -> None:
     assert not model.training and logits_of(model, images).shape == (30, 3)
 
 
-@pytest.mark.parametrize("head", ["cosine", "ridge", "ridge-last"])
+@pytest.mark.parametrize("head", ["cosine", "ridge", "ridge-last", "kernel"])
 def test_every_head(predictor: pudnet.Predictor, head: str) -> None:
     model = predictor.predict(*coloured(8), head=head)
     assert model.report["head"]["name"] == head
     assert model.evaluate(*coloured(4, seed=2))["top1"] > 0.8
+
+
+def test_the_head_follows_from_the_images(predictor: pudnet.Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = coloured(20)
+    model = predictor.predict(images, labels)
+    assert model.head.name == model.report["head"]["name"] == "kernel"
+    assert model.report["provenance"]["head"] == "auto"
+    assert predictor.remake(model.report, images, labels).head.name == "kernel"
+    assert predictor.predict(images, labels, growable=True).head.name == "ridge"
+    assert predictor.predict_batch([(images, labels)])[0].head.name == "kernel"
+    monkeypatch.setattr(heads, "KERNEL_ROWS", 59)
+    assert predictor.predict(images, labels).head.name == "ridge"
+    with pytest.raises(InputError, match=r"at most 59 images; got 60.*ridge"):
+        predictor.predict(images, labels, head="kernel")
 
 
 def test_all_forms_of_input_give_the_same_model(predictor: pudnet.Predictor, tmp_path: Path) -> None:

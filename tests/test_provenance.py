@@ -137,7 +137,7 @@ def test_copies_and_state_dicts_hold_the_whole_model(predictor: pudnet.Predictor
     model = predictor.predict(images, labels, growable=True)
     twin = copy.deepcopy(model)
     assert torch.equal(logits_of(twin, images), logits_of(model, images))
-    other = predictor.predict(*coloured(20, seed=8), seed=8)
+    other = predictor.predict(*coloured(20, seed=8), head=model.head.name, seed=8)
     other.load_state_dict(model.state_dict())
     assert torch.equal(logits_of(other, images), logits_of(model, images))
     grown = twin.add(*coloured(5, seed=9))
@@ -149,7 +149,7 @@ def test_copies_and_state_dicts_hold_the_whole_model(predictor: pudnet.Predictor
 # ---- images and classes added later -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("head", ["cosine", "ridge", "ridge-last"])
+@pytest.mark.parametrize("head", ["cosine", "ridge", "ridge-last", "kernel"])
 @pytest.mark.parametrize("reload", [False, True])
 def test_a_model_that_grows_is_the_model_made_at_once(
     predictor: pudnet.Predictor, head: str, reload: bool, tmp_path: Path

@@ -101,7 +101,9 @@ class _Runner:
         self.material = Material(settings.data, self.bench.preprocess.size, held_out, settings.ways, seen)
 
     def repeats(self, group: str) -> int:
-        return self.settings.repeats if GROUPS[group].repeated else 1
+        chosen = GROUPS[group]
+        wanted = self.settings.repeats if chosen.repeated else 1
+        return min(wanted, chosen.most) if chosen.most else wanted
 
     def __call__(self, job: tuple[str, int]) -> list[Record]:
         group, number = job

@@ -19,12 +19,13 @@ from pudnet.data import Preprocess
 from pudnet.data.source import open_images
 from pudnet.descent import accuracy
 from pudnet.directions import SHRINKAGE
+from pudnet.errors import InputError, message
 from pudnet.evaluation.baselines import pca_weights, random_weights
 from pudnet.evaluation.peers import ITERATIONS, TREES, fit_pixels
 from pudnet.evaluation.scratch import FINE_TUNING_LR, fine_tune, scratch_settings, train_from_scratch
 from pudnet.evaluation.tasks import Images, Task, draw
 from pudnet.finetuning import finetune, finetuning_settings
-from pudnet.heads import fit_head
+from pudnet.heads import KERNEL_ROWS, KERNEL_WIDTH, fit_head
 from pudnet.predicted import finish
 from pudnet.predictor import Predictor
 from pudnet.sketch import Sketch
@@ -34,6 +35,7 @@ PROBE_BATCH = 512
 # brought 1.5 points to 20 epochs and cost 0.9 in 5.
 SCRATCH = {5: 0, 20: 2}
 FINE_TUNING_EPOCHS = 5
+KERNEL = f"width={KERNEL_WIDTH} most={KERNEL_ROWS}"  # what else decides a row with the kernel head
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,23 @@ def _predicted_from_noise(bench: Bench, task: Task, sketch: Sketch) -> nn.Module
         return bench.predictor.net.network(bench.predictor.sketch(noise, sketch.labels, seed=task.seed))
 
 
+def _predicted_from_mean(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
+    """The mean embedding of the training datasets decides the generated weights; directions are of the task."""
+    net = bench.predictor.net
+    if "familiarity" not in net.card:
+        hint = "Add them: python -m pudnet.training.familiarity CHECKPOINT"
+        raise InputError(
+            message("evaluation", "checkpoint", "one that knows its datasets' embeddings", "another", hint)
+        )
+    known = torch.tensor(net.card["familiarity"]["embeddings"]).mean(0)
+    with torch.no_grad():
+        embedding = known.view_as(net.embed(sketch))
+        flat = net.generators(net.recurrence(embedding[None]))[0]
+        network = net.materialise(net.layout.views(flat))
+    net.insert_directions(network, sketch)
+    return network
+
+
 def _undirected(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
     """Generated weights alone, also where the checkpoint was trained with directions in their place."""
     with torch.no_grad():
@@ -198,19 +217,22 @@ def _other_sketch(bench: Bench, task: Task) -> Sketch:
 # ---- the others -------------------------------------------------------------------------------------------------
 
 
-def _pixels(bench: Bench, task: Task) -> Outcome:
-    """Ridge regression on the raw pixels."""
+def _pixels(name: str) -> Callable[[Bench, Task], Outcome]:
+    """A head on the raw pixels."""
 
-    def batches(part: Images) -> list[tuple[list[Tensor], Tensor]]:
-        pairs = zip(part.images.split(PROBE_BATCH), part.labels.split(PROBE_BATCH), strict=True)
-        return [([bench.preprocess(images).flatten(1)], labels) for images, labels in pairs]
+    def run(bench: Bench, task: Task) -> Outcome:
+        def batches(part: Images) -> list[tuple[list[Tensor], Tensor]]:
+            pairs = zip(part.images.split(PROBE_BATCH), part.labels.split(PROBE_BATCH), strict=True)
+            return [([bench.preprocess(images).flatten(1)], labels) for images, labels in pairs]
 
-    start = time.perf_counter()
-    head = fit_head("ridge", batches(task.train), len(task.train.classes), seed=task.seed)
-    seconds = time.perf_counter() - start
-    with torch.no_grad():
-        right = sum(int((head(maps).argmax(1) == labels).sum()) for maps, labels in batches(task.test))
-    return Outcome(right / len(task.test.labels), {"finish": seconds, "total": seconds}, head.expected_accuracy)
+        start = time.perf_counter()
+        head = fit_head(name, batches(task.train), len(task.train.classes), seed=task.seed)
+        seconds = time.perf_counter() - start
+        with torch.no_grad():
+            right = sum(int((head(maps).argmax(1) == labels).sum()) for maps, labels in batches(task.test))
+        return Outcome(right / len(task.test.labels), {"finish": seconds, "total": seconds}, head.expected_accuracy)
+
+    return run
 
 
 def _pixel_classifier(name: str) -> Callable[[Bench, Task], Outcome]:
@@ -300,6 +322,21 @@ def _top1(bench: Bench, model: nn.Module, task: Task) -> float:
 ROWS: dict[str, Row] = {
     row.key: row
     for row in (
+        Row("predicted-kernel", "predicted weights, kernel", _predicted("kernel"), uses_checkpoint=True,
+            settings=KERNEL),
+        Row("predicted-kernel-other", "predicted from another dataset's sketch, kernel",
+            _finished(_predicted_from_other, "kernel"), uses_checkpoint=True, needs_other=True, settings=KERNEL),
+        Row("predicted-kernel-noise", "predicted from a sketch of noise, kernel",
+            _finished(_predicted_from_noise, "kernel"), uses_checkpoint=True, settings=KERNEL),
+        Row("predicted-kernel-mean", "predicted from the training datasets' mean embedding, kernel",
+            _finished(_predicted_from_mean, "kernel"), uses_checkpoint=True, settings=KERNEL),
+        Row("undirected-kernel", "generated weights without directions, kernel", _finished(_undirected, "kernel"),
+            uses_checkpoint=True, settings=KERNEL),
+        Row("directions-kernel", "random weights with the dataset's directions, kernel",
+            _finished(_random_with_directions, "kernel"), uses_checkpoint=True,
+            settings=f"{KERNEL} shrinkage={SHRINKAGE}"),
+        Row("random-kernel", "random weights, kernel", _finished(_random, "kernel"), settings=KERNEL),
+        Row("pca-kernel", "PCA kernels of the dataset, kernel", _finished(_pca, "kernel"), settings=KERNEL),
         Row("predicted-cosine", "predicted weights, cosine", _predicted("cosine"), uses_checkpoint=True),
         Row("predicted-ridge", "predicted weights, ridge", _predicted("ridge"), uses_checkpoint=True),
         Row("predicted-ridge-bfloat16", "predicted weights (bfloat16 parameters), ridge",
@@ -320,7 +357,8 @@ ROWS: dict[str, Row] = {
         Row("pca-ridge", "PCA kernels of the dataset, ridge", _finished(_pca, "ridge")),
         Row("pca-ridge-other", "PCA kernels of another dataset, ridge", _finished(_pca_of_other, "ridge"),
             needs_other=True),
-        Row("pixels-ridge", "raw pixels, ridge", _pixels),
+        Row("pixels-ridge", "raw pixels, ridge", _pixels("ridge")),
+        Row("pixels-kernel", "raw pixels, kernel", _pixels("kernel"), settings=KERNEL),
         Row("pixels-mean", "raw pixels, nearest class mean", _pixel_classifier("mean")),
         Row("pixels-logistic", "raw pixels, logistic regression (scikit-learn)", _pixel_classifier("logistic"),
             settings=f"iterations={ITERATIONS}"),
@@ -331,7 +369,7 @@ ROWS: dict[str, Row] = {
             settings=f"lr={FINE_TUNING_LR} {scratch_settings('adam', FINE_TUNING_EPOCHS, 0)}"),
         *(
             Row(f"predicted-finetune-{epochs}", f"predicted weights, fine-tuned {count}", _predicted_and_tuned(epochs),
-                uses_checkpoint=True, settings=finetuning_settings())
+                uses_checkpoint=True, settings=f"{finetuning_settings()} {KERNEL}")
             for epochs, count in ((1, "1 epoch"), (5, "5 epochs"))
         ),
         *(

@@ -20,6 +20,7 @@ from pudnet.data.source import open_images
 from pudnet.errors import InputError, message
 
 TRAIN_PER_CLASS = 250  # of the unseen-class tasks; all test images of a class (50) are used
+MANY, MANY_TASKS = 20, 3  # classes of the larger tasks of unseen classes, and how many of these tasks there are
 DATASET_TRAIN_PER_CLASS = 200
 DATASET_TEST = 2000
 OTHER_IMAGES_PER_CLASS = 50
@@ -93,17 +94,20 @@ class Group:
         title: in tables; may hold ``{ways}``.
         build: ``(material, number, seed) -> Task``.
         files: names of the ``.npz`` files it needs.
-        repeated: whether several tasks are drawn (else there is one).
+        repeated: whether several tasks are drawn (else there is one); ``most``: so many, where that is not 0.
         other: name of the dataset, or family, whose sketch is the foreign one.
         family: the made-up family of its images.
+        ways: classes of a task of unseen classes, where it is not the material that says how many.
     """
 
     title: str
     build: Callable[[Material, int, int], Task]
     files: tuple[str, ...] = ()
     repeated: bool = False
+    most: int = 0
     other: str = ""
     family: str = ""
+    ways: int = 0
 
 
 def available(group: Group, material: Material) -> str:
@@ -113,9 +117,9 @@ def available(group: Group, material: Material) -> str:
         return f"needs {', '.join(f'{name}.npz' for name in missing)}, not found in the data folder"
     if group.family in material.families:
         return "the checkpoint was trained on this family"
-    needs_classes = set(group.files) >= set(NATURAL)
-    if needs_classes and len(material.held_out) < material.ways:
-        return f"needs {material.ways} classes the checkpoint was not trained on; {len(material.held_out)} are known"
+    needs_classes, ways = set(group.files) >= set(NATURAL), group.ways or material.ways
+    if needs_classes and len(material.held_out) < ways:
+        return f"needs {ways} classes the checkpoint was not trained on; {len(material.held_out)} are known"
     return ""
 
 
@@ -204,16 +208,24 @@ def _other(material: Material, group: str, seed: int) -> Images | None:
     return other_images(material.data, GROUPS[group].other, material.size, material.held_out, seed)
 
 
-def unseen_classes(material: Material, number: int, seed: int) -> Task:
-    """``ways`` random held-out classes, ``TRAIN_PER_CLASS`` of their training images and all their test images."""
+def unseen_classes(material: Material, number: int, seed: int, name: str = "unseen", ways: int = 0) -> Task:
+    """Random held-out classes, ``TRAIN_PER_CLASS`` of their training images and all their test images.
+
+    Args:
+        ways: how many classes; 0 for those of the material.
+    """
     assert material.data is not None
-    name = "unseen"
     train, test = held_out_parts(material.data, material.size, material.held_out)
     generator = draw(seed, name, number)
-    chosen = torch.randperm(len(train.classes), generator=generator)[: material.ways].tolist()
+    chosen = torch.randperm(len(train.classes), generator=generator)[: ways or material.ways].tolist()
     train, test = only(train, chosen), only(test, chosen)
     train = train.take(per_class(train.labels, TRAIN_PER_CLASS, generator))
     return Task(name, number, seed, train, test, _other(material, name, seed), flip=True)
+
+
+def many_unseen_classes(material: Material, number: int, seed: int) -> Task:
+    """The same with ``MANY`` classes."""
+    return unseen_classes(material, number, seed, "many", MANY)
 
 
 def validation_classes(material: Material, number: int, seed: int) -> Task:
@@ -269,6 +281,15 @@ def family_task(name: str) -> Callable[[Material, int, int], Task]:
 GROUPS: dict[str, Group] = {
     "unseen": Group(
         "{ways} unseen classes of Tiny-ImageNet", unseen_classes, NATURAL, repeated=True, other="fashion_mnist"
+    ),
+    "many": Group(
+        f"{MANY} unseen classes of Tiny-ImageNet",
+        many_unseen_classes,
+        NATURAL,
+        repeated=True,
+        most=MANY_TASKS,
+        ways=MANY,
+        other="fashion_mnist",
     ),
     "digits": Group("Digits (scikit-learn)", digits_task, other="natural"),
     "mnist": Group("MNIST", dataset_task("mnist", "mnist"), ("mnist",), other="natural"),

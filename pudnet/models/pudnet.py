@@ -289,21 +289,17 @@ class PudNet(hub.Shared, nn.Module):
         Returns:
             The trial: whether directions were put in, and how they flatter the images that they were made from.
         """
-        if not any(self.config.directions) or sketch.labels is None or len(sketch.labels.unique()) < 2:
+        classes = 0 if sketch.labels is None else len(sketch.labels.unique())
+        if not any(self.config.directions) or sketch.labels is None or classes < 2:
             return Trial(False)
         device = self.temperature.device
-        classes = len(sketch.labels.unique())
         order = torch.randperm(len(sketch.images), generator=torch.Generator().manual_seed(0))
         some = order[: max(DIRECTION_IMAGES, CLASS_IMAGES * classes)]
         images = self.preprocess(sketch.images[some]).to(device).contiguous(memory_format=torch.channels_last)
         labels = sketch.labels[some].to(device)
-
-        def insert(module: nn.Module, x: Tensor, y: Tensor) -> None:
-            self._insert(module, x, y)
-
-        trial = try_directions(network, images, labels, insert)
+        trial = try_directions(network, images, labels, self._insert)
         if trial.helps:
-            insert(network, images, labels)
+            self._insert(network, images, labels)
         return trial
 
     def with_directions(self, weights: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> dict[str, Tensor]:
