@@ -462,9 +462,9 @@ def finish(
             wanted = head in MIRRORABLE and batchnorm != "batch"
             mirror = wanted and _mirroring_helps(network, images, features, labels, seed)
         if head == "auto":
-            head = (
-                "ridge" if growable else choose_head(int(sketch.seen.sum()), _width(network, images, features, reads))
-            )
+            few = images[: 2 if batchnorm == "batch" else 1]  # a single one has no variance
+            width = (reads.pool(feature_maps(network, few)) if features is None else features).shape[1]
+            head = "ridge" if growable else choose_head(int(sketch.seen.sum()), width)
     fitter = HeadFitter(head, len(source.classes), seed=seed)
     with clock.stage("head"):
         batches = clock.iterate("reading", ordered(source, batchnorm, seed))
@@ -489,12 +489,6 @@ def finish(
         "mirrored": mirror,
     }
     return model
-
-
-def _width(network: nn.Module, images: Tensor, features: Tensor | None, head: type[Head]) -> int:
-    """F, of the head's features."""
-    found = head.pool(feature_maps(network, images[:2])) if features is None else features
-    return found.shape[1]
 
 
 def require_mirrorable(where: str, head: str, mirror: bool | None) -> None:
