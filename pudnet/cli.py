@@ -45,7 +45,8 @@ Checkpoint = Annotated[str, typer.Option(help="The hypernetwork: path, bundled n
 HeadName = Annotated[
     str,
     typer.Option(
-        "--head", help="Classifier: kernel, ridge, ridge-last, cosine; auto: kernel up to 5,120 images, else ridge."
+        "--head",
+        help="Classifier: kernel, ridge, ridge-last, cosine; auto: kernel for few images (up to 5,120), else ridge.",
     ),
 ]
 Network = Annotated[
@@ -150,7 +151,10 @@ def predict(
     batchnorm: Annotated[str, typer.Option(help="BatchNorm statistics: calibrated, batch or shared.")] = "calibrated",
     sketch_size: Annotated[int, typer.Option(min=1, help="Images the weights are predicted from.")] = 1000,
     split: Annotated[str, typer.Option(help="Part of the data: train or test.")] = "train",
-    growable: Annotated[bool, typer.Option("--growable", help="Keep what `pudnet add` needs; a larger file.")] = False,
+    growable: Annotated[
+        bool,
+        typer.Option("--growable", help="Keep what `pudnet add` needs; a larger file. The head auto is ridge then."),
+    ] = False,
     mirror: Annotated[
         bool | None,
         typer.Option(help="Read images in their mirror images too: twice as slow; by default where it helps."),

@@ -89,10 +89,10 @@ def pool_features(maps: Sequence[Tensor], layers: Layers = "all", *, spread: boo
     """Pool maps to one vector per image: statistics of each map, L2-normalised, side by side.
 
     Each map gives its averages over a g x g grid, g the largest of 4, 2, 1 that gives at most 1024 features and is no
-    larger than the map. With ``spread``, what the ridge heads read, the averages' signed square roots are taken (a few
-    strong responses no longer drown the rest), and each channel's standard deviation over the map joins them: on the
-    validation classes the two are worth 2 to 3 points, most of it the deviation. Vectors ``[n, F]`` are only
-    normalised. Traceable by ``torch.export`` with a dynamic n.
+    larger than the map. With ``spread``, what the kernel and ridge heads read, the averages' signed square roots are
+    taken (a few strong responses no longer drown the rest), and each channel's standard deviation over the map joins
+    them: on the validation classes the two are worth 2 to 3 points, most of it the deviation. Vectors ``[n, F]`` are
+    only normalised. Traceable by ``torch.export`` with a dynamic n.
 
     Args:
         maps: ``[n, C, h, w]`` or ``[n, F]`` each.
@@ -116,7 +116,7 @@ def pool_features(maps: Sequence[Tensor], layers: Layers = "all", *, spread: boo
 
 
 def mirrored_maps(module: nn.Module, x: Tensor) -> list[Tensor]:
-    """What the ridge head reads of images where left and right mean nothing; in place of ``feature_maps``.
+    """What the kernel and ridge heads read of images where left and right mean nothing; in place of ``feature_maps``.
 
     Returns:
         The statistics of every layer's map as ``pool_features`` takes them, before their normalisation, averaged over

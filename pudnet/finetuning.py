@@ -78,13 +78,14 @@ def finetune(
     progress: Callable[[CurvePoint], None] | None = None,
     cancel: Token | None = None,
 ) -> PredictedModel:
-    """Train a predicted model further: network and head, by Adam, from exactly what was predicted.
+    """Train a predicted model further: network and head, by Adam, from what was predicted.
 
     Convolutions, BatchNorm's scales and shifts, and the head as a linear layer learn together by Adam; at the end of an
     epoch BatchNorm is calibrated and the head solved again on the features as they are now. The network of an epoch is
     kept if it is better than what was kept on images that were held out, by more than one standard error of the
-    difference; where none is, the model that came is returned. The report gets ``finetuning``: settings, the curve (its
-    first point is the model as it came), ``kept`` (the epoch that was best, 0 for none) and ``held_out`` (the accuracy
+    difference; where none is, the model that came is returned (with a ridge head of all images, where there are more
+    than its kernel head can keep). The report gets ``finetuning``: settings, the curve (its first point is the model as
+    it came), ``kept`` (the epoch that was best, 0 for none) and ``held_out`` (the accuracy
     that decided, after each epoch: none higher is expected of an epoch's network). ``Predictor.remake`` refuses the
     result.
 
@@ -174,7 +175,7 @@ class Settings:
 
 
 class _Tunable(nn.Module):
-    """Network and head under gradients; the logits are at first those of the model they come from."""
+    """Network and a linear head under gradients; the logits are at first those of network and head as they come."""
 
     def __init__(self, network: nn.Module, head: Head, mirrored: bool) -> None:
         super().__init__()
@@ -220,7 +221,8 @@ class _Tuning:
         self.run = Run(self.tunable, self._optimiser(), *used, model.preprocess, recipe)
         self.kept = 0  # the epoch whose network is the best
         self.network = model.network  # that one
-        self.finished: PredictedModel | None = model  # it under a head of all images, once that was needed
+        # It under a head of all images, once that was needed.
+        self.finished: PredictedModel | None = None if many else model
         self.right = self._right(model.network, head)  # [held] what that network, with the trained images, gets right
         self.held_out = [_mean(self.right)] if settings.validation else []  # after each epoch
         self.curve: list[CurvePoint] = []
@@ -295,7 +297,7 @@ class _Tuning:
         """The model that this run made, with its report."""
         done = self._finish()
         self.clock.stop()
-        network = copy.deepcopy(done.network) if done is self.model else done.network
+        network = copy.deepcopy(done.network) if done.network is self.model.network else done.network
         tuned = PredictedModel(
             network, done.head, done.preprocess, done.classes,
             batchnorm=done.batchnorm, target_name=done.target_name, fitter=done.fitter, mirrored=done.mirrored,

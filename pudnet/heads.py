@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -39,6 +40,8 @@ KERNEL_VALUES = 2**24  # of all their features, where it is the choice: 32 MB in
 # Width of its kernel, in units of the images' mean squared distance: on the validation classes and families 2 to 4 are
 # equally good, less does worse with directions, and much more is the linear head.
 KERNEL_WIDTH = 4.0
+SCALE = "Divide the features by their standard deviation."
+KERNEL_SEARCH = 2048  # images at most that its lambda is looked for on
 KERNEL_START = -2  # half-decades: where its lambda is looked for first
 # Gram matrices are updated with at least so many rows at once: adding F x F numbers costs as much as 500 rows.
 CHUNK_ROWS = 1024
@@ -145,13 +148,15 @@ class KernelHead(Head):
     images, in half precision in a file, and reading them takes n F multiplications for each image.
     """
 
-    rows: Tensor  # [n, F]
+    centre: Tensor  # [F], mean of the images' features
+    rows: Tensor  # [n, F], less that
+    norms: Tensor  # [n], their squared norms
     rate: Tensor  # []
     bias: Tensor  # [K]
 
     @staticmethod
     def shapes(num_classes: int, features: int, rows: int) -> dict[str, list[int]]:
-        kept = {"rows": [rows, features], "rate": []}
+        kept = {"centre": [features], "rows": [rows, features], "norms": [rows], "rate": []}
         return {"weight": [num_classes, rows], "bias": [num_classes], **kept, "temperature": []}
 
     @property
@@ -159,12 +164,17 @@ class KernelHead(Head):
         return {**super().state, "rows": self.rows.half()}  # exactly: they were fitted as such
 
     def scores(self, features: Tensor) -> Tensor:
-        return F.linear(torch.exp(-self.rate * squared_distances(features, self.rows)), self.weight, self.bias)
+        # Distances are differences of nearly equal numbers: in bfloat16 nothing would be left of them.
+        device = features.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            squared = _squared_distances(features.float() - self.centre.float(), self.rows.float(), self.norms.float())
+            near = torch.exp(-self.rate.float() * squared).to(self.weight.dtype)
+            return F.linear(near, self.weight, self.bias)
 
 
-def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Between every row of ``a [n, F]`` and of ``b [m, F]``: ``[n, m]``."""
-    return (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp_min(0)
+def _squared_distances(a: Tensor, b: Tensor, b_norms: Tensor) -> Tensor:
+    """Between every row of ``a [n, F]`` and of ``b [m, F]``, whose squared norms are ``b_norms [m]``: ``[n, m]``."""
+    return torch.addmm(a.square().sum(1)[:, None] + b_norms, a, b.T, alpha=-2).clamp_min(0)
 
 
 HEADS: dict[str, type[Head]] = {
@@ -752,26 +762,42 @@ def _fit_kernel(x: Tensor, y: Tensor, num_classes: int) -> _Fit:
     """Ridge regression in the space of the similarities' kernel; exact leave-one-out of all images."""
     counts = torch.bincount(y, minlength=num_classes)
     _require_every_class(counts)
-    x = x.half().to(x.dtype)  # as a file keeps them
-    kernel = squared_distances(x, x)  # [n, n], at first of distances
+    centre = x.mean(0, dtype=torch.float64).to(x.dtype)
+    x = (x - centre).half().to(x.dtype)  # as a file keeps them
+    norms = x.square().sum(1)
+    if not math.isfinite(norms.sum(dtype=torch.float64).item()):
+        raise InputError(message("fit_head", "features", "of a size below 65,504 for the kernel head", "others", SCALE))
+    kernel = _squared_distances(x, x, norms)  # [n, n], at first of distances
     unit = kernel.mean(dtype=torch.float64).item()
     rate = 1 / (KERNEL_WIDTH * unit) if unit > 0 else 1.0
     kernel.mul_(-rate).exp_()
+    grid = LAMBDA_EXPONENTS
+    if len(y) > KERNEL_SEARCH:  # lambda from some of the images: it hardly depends on their number
+        some = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))[:KERNEL_SEARCH].to(y.device)
+        found = _best_of_kernel(kernel[some][:, some], y[some], num_classes, grid)
+        grid = range(found.exponent, found.exponent + 1)
+    best = _best_of_kernel(kernel, y, num_classes, grid)
+    weight, bias = best.weights()
+    tensors = {"weight": weight, "bias": bias, "centre": centre, "rows": x, "norms": norms}
+    tensors["rate"] = torch.tensor(rate, device=x.device)
+    return _Fit(tensors, x.shape[1], counts, best.loo_scores, y, best.info("kernel"))
+
+
+def _best_of_kernel(kernel: Tensor, y: Tensor, num_classes: int, grid: range) -> _Solution:
+    """The best fit of a grid of lambdas to similarities ``[n, n]``, which become centred."""
     means = kernel.mean(0, dtype=torch.float64)  # [n]
     # Centred, so that the mean of the targets is not penalised.
-    kernel -= (means - means.mean() / 2).to(x.dtype)
-    kernel -= (means - means.mean() / 2).to(x.dtype)[:, None]
-    share = counts.double() / len(x)
+    half = (means - means.mean() / 2).to(kernel.dtype)
+    kernel.sub_(half).sub_(half[:, None])
+    share = torch.bincount(y, minlength=num_classes).double() / len(y)
 
     def weights(dual: Tensor) -> tuple[Tensor, Tensor]:
         weight = dual.double().T  # [K, n]
         return weight, share - weight @ means
 
     scale = _lambda_scale(kernel.diagonal().mean(dtype=torch.float64).item(), means)
-    best = _best_lambda(_kernel_solver(kernel, y, share, scale, weights), scale, start=KERNEL_START)
-    weight, bias = best.weights()
-    tensors = {"weight": weight, "bias": bias, "rows": x, "rate": torch.tensor(rate, device=x.device)}
-    return _Fit(tensors, x.shape[1], counts, best.loo_scores, y, best.info("kernel"))
+    start = min(max(KERNEL_START, grid[0]), grid[-1])
+    return _best_lambda(_kernel_solver(kernel, y, share, scale, weights), scale, start, grid)
 
 
 def _accumulate(sample: _Reservoir, width: int, num_classes: int, device: torch.device) -> RidgeAccumulator:
@@ -787,7 +813,7 @@ def _accumulate(sample: _Reservoir, width: int, num_classes: int, device: torch.
 Solver = Callable[[int, float], _Solution | None]  # exponent, lambda -> solution, if there is one in float64
 
 
-def _best_lambda(solve: Solver, scale: float, start: int = 0) -> _Solution:
+def _best_lambda(solve: Solver, scale: float, start: int = 0, grid: range = LAMBDA_EXPONENTS) -> _Solution:
     """The grid's lambda with the least leave-one-out squared error: downhill from the exponent ``start``.
 
     The error is smooth and, but for odd cases, has one minimum, so walking from near where image features have theirs
@@ -799,7 +825,7 @@ def _best_lambda(solve: Solver, scale: float, start: int = 0) -> _Solution:
         return solve(exponent, scale * 10.0 ** (exponent / 2))
 
     def walk(best: _Solution, step: int) -> _Solution:
-        while best.exponent + step in LAMBDA_EXPONENTS:
+        while best.exponent + step in grid:
             found = solve_at(best.exponent + step)
             if found is None or not found.error < best.error:
                 break
@@ -809,7 +835,10 @@ def _best_lambda(solve: Solver, scale: float, start: int = 0) -> _Solution:
         return best
 
     middle = solve_at(start)
-    assert middle is not None, "positive definite: every eigenvalue is at least a share of the mean one"
+    if middle is None:  # of a kernel that is not positive semidefinite, by rounding of distances
+        raise InputError(
+            message("fit_head", "features", "of a size that leaves their distances exact", "others", SCALE)
+        )
     if middle.slope is not None:
         return walk(middle, -1 if middle.slope > 0 else 1)
     up = walk(middle, 1)

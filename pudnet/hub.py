@@ -151,6 +151,8 @@ def model_card(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         "BatchNorm": config["batchnorm"],
         "network": config["target"] or "a module of the author's",
     }
+    if rows["head"] == "kernel":
+        rows["of its training images"] = "the file holds a vector of features of each (the head `ridge` keeps none)"
     return {
         "title": name.rpartition("/")[2],
         "summary": "An image classifier. Its convolution weights were predicted from a sample of its training images "

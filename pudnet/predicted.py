@@ -436,8 +436,8 @@ def finish(
         head: one of ``pudnet.heads.HEADS``; ``"auto"`` for ``"kernel"`` where the images are few (``choose_head``) and
             the model is not growable, else ``"ridge"``.
         growable: the model keeps what ``PredictedModel.add`` needs.
-        mirror: read every image in its mirror image too, with a head that ``can_mirror``; None: where the sketch says
-            that it helps.
+        mirror: read every image in its mirror image too, with one of the heads ``MIRRORABLE``; None: where the sketch
+            says that it helps.
         clock: to go on counting on; None for a new one.
         reduce: what the head remembers of ``source`` -> what it remembers of all shards.
     """

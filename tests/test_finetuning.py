@@ -70,6 +70,10 @@ def test_a_kernel_head_is_replaced_for_training_and_comes_back(
     torch.testing.assert_close(logits_of(tuned, hard(30)[0]), logits_of(model, hard(30)[0]), atol=0.05, rtol=0.05)
     monkeypatch.setattr(finetuning, "KERNEL_ROWS", 59)  # more images than the head could keep
     assert pudnet.finetune(model, *hard(20), batch_size=16, validation=0).head.name == "ridge"
+    monkeypatch.setattr(finetuning, "_better", lambda *_: False)
+    same = pudnet.finetune(model, *hard(20), batch_size=16)  # what was kept is what the curve began with
+    assert same.report["finetuning"]["kept"] == 0 and same.head.name == "ridge"
+    assert torch.equal(same.network.conv1.weight, model.network.conv1.weight)
 
 
 def test_changes_everything_and_says_so(model: pudnet.PredictedModel, tmp_path: Path) -> None:

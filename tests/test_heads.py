@@ -121,13 +121,13 @@ def test_the_kernel_head_and_its_leave_one_out_equal_refitting(noise: float) -> 
     y = torch.where(y == 2, y * (torch.arange(40) % 2), y)  # unbalanced
     head = fit_head("kernel", batched(maps, y, 16), 3)
     x, rate, lam = head.rows.double(), float(head.rate), head.info["lambda"]
-    assert isinstance(head.rows, Tensor) and torch.equal(head.rows, pool_features(maps).half().float())
+    assert isinstance(head.rows, Tensor) and torch.equal(head.rows, (pool_features(maps) - head.centre).half().float())
     assert rate == pytest.approx(1 / (4 * torch.cdist(x, x).square().mean().item()), rel=1e-4)
     dual, bias = kernel_refit(x, y, 3, lam, rate)
     torch.testing.assert_close(head.weight.double(), dual.T, rtol=2e-3, atol=1e-4)
     torch.testing.assert_close(head.bias.double(), bias, rtol=2e-3, atol=1e-4)
     test, _ = data(7, 3, 12, noise, seed=1)
-    near = torch.exp(-rate * torch.cdist(pool_features(test).double(), x).square())
+    near = torch.exp(-rate * torch.cdist((pool_features(test) - head.centre).double(), x).square())
     torch.testing.assert_close(
         head(test).double(), head.temperature.double() * (near @ dual + bias), rtol=1e-3, atol=1e-3
     )
@@ -163,6 +163,38 @@ def test_the_kernel_head_takes_so_many_images(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(InputError, match="at most 30 images; got 60"):
         fitter.merge(other)
     assert fitter.fit().info["images"] == 30
+
+
+def test_the_kernel_head_and_features_far_from_zero_or_too_large() -> None:
+    (x, _), y = data(60, 3, 12)
+    near, far = (fit_head("kernel", [(x + offset, y)], 3) for offset in (0.0, 1e4))
+    assert far.expected_accuracy == pytest.approx(near.expected_accuracy, abs=0.02)
+    with pytest.raises(InputError, match=r"features must be of a size below 65,504.*Divide the features"):
+        fit_head("kernel", [(1e5 * x, y)], 3)
+
+
+def test_the_kernel_head_looks_for_lambda_on_some_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    maps, y = data(300, 3, 12, noise=2.0)
+    whole = fit_head("kernel", [(maps, y)], 3)
+    monkeypatch.setattr(heads, "KERNEL_SEARCH", 150)
+    some = fit_head("kernel", [(maps, y)], 3)
+    assert some.info["images"] == some.info["loo_images"] == 300
+    assert abs(math.log10(some.info["lambda"] / whole.info["lambda"])) < 1.1
+    assert some.expected_accuracy == pytest.approx(whole.expected_accuracy, abs=0.03)
+
+
+@pytest.mark.parametrize("way", ["autocast", "bfloat16"])
+def test_the_kernel_head_computes_distances_in_float32(way: str) -> None:
+    maps, y = data(200, 3, 12)
+    head, test = fit_head("kernel", [(maps, y)], 3), data(50, 3, 12, seed=1)[0]
+    exact = torch.softmax(head(test), 1)
+    atol = 1e-5
+    if way == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            found = torch.softmax(head(test), 1)
+    else:  # what remains is the rounding of features and rows: 0.6 and more with distances in bfloat16
+        found, atol = torch.softmax(head.to(torch.bfloat16)([m.bfloat16() for m in test]).float(), 1), 0.2
+    torch.testing.assert_close(found, exact, rtol=0, atol=atol)
 
 
 def test_the_choice_of_a_head() -> None:

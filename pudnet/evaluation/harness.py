@@ -111,7 +111,8 @@ class _Runner:
         records = []
         for key in self.settings.rows:
             row = ROWS[key]
-            if row.needs_other and task.other is None:
+            unknown = row.needs_familiarity and "familiarity" not in self.bench.predictor.net.card
+            if unknown or (row.needs_other and task.other is None):
                 continue
             identity = _identity(task.fingerprint, row, self.bench)
             record = self.known.get(identity)

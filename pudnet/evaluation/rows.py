@@ -1,5 +1,7 @@
 """The rows of every table: ways to a classifier for one task, each measured on the same test images.
 
+Rows with the kernel head use the head ``"auto"``: where the images are too many for it, the ridge head.
+
 A row is one line of ``ROWS``; adding one means adding a line there. Predicted weights and all untrained ones share the
 code that makes a classifier of a network (``pudnet.predicted.finish``).
 """
@@ -19,13 +21,12 @@ from pudnet.data import Preprocess
 from pudnet.data.source import open_images
 from pudnet.descent import accuracy
 from pudnet.directions import SHRINKAGE
-from pudnet.errors import InputError, message
 from pudnet.evaluation.baselines import pca_weights, random_weights
 from pudnet.evaluation.peers import ITERATIONS, TREES, fit_pixels
 from pudnet.evaluation.scratch import FINE_TUNING_LR, fine_tune, scratch_settings, train_from_scratch
 from pudnet.evaluation.tasks import Images, Task, draw
 from pudnet.finetuning import finetune, finetuning_settings
-from pudnet.heads import KERNEL_ROWS, KERNEL_WIDTH, fit_head
+from pudnet.heads import KERNEL_ROWS, KERNEL_VALUES, KERNEL_WIDTH, choose_head, fit_head
 from pudnet.predicted import finish
 from pudnet.predictor import Predictor
 from pudnet.sketch import Sketch
@@ -35,7 +36,7 @@ PROBE_BATCH = 512
 # brought 1.5 points to 20 epochs and cost 0.9 in 5.
 SCRATCH = {5: 0, 20: 2}
 FINE_TUNING_EPOCHS = 5
-KERNEL = f"width={KERNEL_WIDTH} most={KERNEL_ROWS}"  # what else decides a row with the kernel head
+KERNEL = f"width={KERNEL_WIDTH} most={KERNEL_ROWS} {KERNEL_VALUES}"  # what else decides a row with the kernel head
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class Row:
         run: from a task to its outcome.
         uses_checkpoint: whether the hypernetwork's weights matter.
         needs_other: whether it needs images of another dataset.
+        needs_familiarity: whether it needs a checkpoint that knows embeddings of its training's datasets.
         settings: what else determines the result, for the lookup of finished rows.
     """
 
@@ -117,6 +119,7 @@ class Row:
     run: Callable[[Bench, Task], Outcome]
     uses_checkpoint: bool = False
     needs_other: bool = False
+    needs_familiarity: bool = False
     settings: str = ""
 
 
@@ -183,11 +186,6 @@ def _predicted_from_noise(bench: Bench, task: Task, sketch: Sketch) -> nn.Module
 def _predicted_from_mean(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
     """The mean embedding of the training datasets decides the generated weights; directions are of the task."""
     net = bench.predictor.net
-    if "familiarity" not in net.card:
-        hint = "Add them: python -m pudnet.training.familiarity CHECKPOINT"
-        raise InputError(
-            message("evaluation", "checkpoint", "one that knows its datasets' embeddings", "another", hint)
-        )
     known = torch.tensor(net.card["familiarity"]["embeddings"]).mean(0)
     with torch.no_grad():
         embedding = known.view_as(net.embed(sketch))
@@ -226,7 +224,9 @@ def _pixels(name: str) -> Callable[[Bench, Task], Outcome]:
             return [([bench.preprocess(images).flatten(1)], labels) for images, labels in pairs]
 
         start = time.perf_counter()
-        head = fit_head(name, batches(task.train), len(task.train.classes), seed=task.seed)
+        count, width = len(task.train.labels), 3 * bench.preprocess.size**2
+        kind = choose_head(count, width) if name == "auto" else name
+        head = fit_head(kind, batches(task.train), len(task.train.classes), seed=task.seed)
         seconds = time.perf_counter() - start
         with torch.no_grad():
             right = sum(int((head(maps).argmax(1) == labels).sum()) for maps, labels in batches(task.test))
@@ -322,21 +322,21 @@ def _top1(bench: Bench, model: nn.Module, task: Task) -> float:
 ROWS: dict[str, Row] = {
     row.key: row
     for row in (
-        Row("predicted-kernel", "predicted weights, kernel", _predicted("kernel"), uses_checkpoint=True,
+        Row("predicted-kernel", "predicted weights, kernel", _predicted("auto"), uses_checkpoint=True,
             settings=KERNEL),
         Row("predicted-kernel-other", "predicted from another dataset's sketch, kernel",
-            _finished(_predicted_from_other, "kernel"), uses_checkpoint=True, needs_other=True, settings=KERNEL),
+            _finished(_predicted_from_other, "auto"), uses_checkpoint=True, needs_other=True, settings=KERNEL),
         Row("predicted-kernel-noise", "predicted from a sketch of noise, kernel",
-            _finished(_predicted_from_noise, "kernel"), uses_checkpoint=True, settings=KERNEL),
+            _finished(_predicted_from_noise, "auto"), uses_checkpoint=True, settings=KERNEL),
         Row("predicted-kernel-mean", "predicted from the training datasets' mean embedding, kernel",
-            _finished(_predicted_from_mean, "kernel"), uses_checkpoint=True, settings=KERNEL),
-        Row("undirected-kernel", "generated weights without directions, kernel", _finished(_undirected, "kernel"),
+            _finished(_predicted_from_mean, "auto"), uses_checkpoint=True, needs_familiarity=True, settings=KERNEL),
+        Row("undirected-kernel", "generated weights without directions, kernel", _finished(_undirected, "auto"),
             uses_checkpoint=True, settings=KERNEL),
         Row("directions-kernel", "random weights with the dataset's directions, kernel",
-            _finished(_random_with_directions, "kernel"), uses_checkpoint=True,
+            _finished(_random_with_directions, "auto"), uses_checkpoint=True,
             settings=f"{KERNEL} shrinkage={SHRINKAGE}"),
-        Row("random-kernel", "random weights, kernel", _finished(_random, "kernel"), settings=KERNEL),
-        Row("pca-kernel", "PCA kernels of the dataset, kernel", _finished(_pca, "kernel"), settings=KERNEL),
+        Row("random-kernel", "random weights, kernel", _finished(_random, "auto"), settings=KERNEL),
+        Row("pca-kernel", "PCA kernels of the dataset, kernel", _finished(_pca, "auto"), settings=KERNEL),
         Row("predicted-cosine", "predicted weights, cosine", _predicted("cosine"), uses_checkpoint=True),
         Row("predicted-ridge", "predicted weights, ridge", _predicted("ridge"), uses_checkpoint=True),
         Row("predicted-ridge-bfloat16", "predicted weights (bfloat16 parameters), ridge",
@@ -358,7 +358,7 @@ ROWS: dict[str, Row] = {
         Row("pca-ridge-other", "PCA kernels of another dataset, ridge", _finished(_pca_of_other, "ridge"),
             needs_other=True),
         Row("pixels-ridge", "raw pixels, ridge", _pixels("ridge")),
-        Row("pixels-kernel", "raw pixels, kernel", _pixels("kernel"), settings=KERNEL),
+        Row("pixels-kernel", "raw pixels, kernel", _pixels("auto"), settings=KERNEL),
         Row("pixels-mean", "raw pixels, nearest class mean", _pixel_classifier("mean")),
         Row("pixels-logistic", "raw pixels, logistic regression (scikit-learn)", _pixel_classifier("logistic"),
             settings=f"iterations={ITERATIONS}"),

@@ -35,7 +35,15 @@ OPTIMIZERS = {"adam": "Adam", "sgd": "SGD"}
 # Longer schedules are run only while no shorter one was as accurate as the prediction.
 ALWAYS = 20
 SHIFTED_FROM = max(SCRATCH)  # epochs from which moving the images helps (see ``rows.SCRATCH``)
-PEERS = ("random-ridge", "pca-ridge", "pixels-ridge", "pixels-mean", "pixels-logistic", "pixels-forest", "finetune-5")
+PEERS = (
+    "random-kernel",
+    "pca-kernel",
+    "pixels-kernel",
+    "pixels-mean",
+    "pixels-logistic",
+    "pixels-forest",
+    "finetune-5",
+)
 RATIOS = {"weights": "weights alone", "classifier": "weights, calibration, head", "files": "everything from files"}
 
 DATASETS: dict[str, Group] = {
@@ -69,7 +77,7 @@ class Settings:
     checkpoint: str = "convnet3"
     data: Path | None = None
     datasets: tuple[str, ...] = tuple(DATASETS)
-    head: str = "ridge"
+    head: str = "auto"
     device: str = "cpu"
     repeats: int = 5
     epochs: tuple[int, ...] = (2, 5, 20, 80)
