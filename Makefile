@@ -32,8 +32,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Less than half an hour; every row and more tasks, hours, with FULL=--full. Finished rows are kept and not run again.
 results: $(READY)
-	$(BIN)/python -m pudnet.evaluation --data $(DATA)
+	$(BIN)/python -m pudnet.evaluation --data $(DATA) $(FULL)
 
 # Predicted parameters on unseen architectures, half an hour; the baselines' checkpoints are in runs/ once trained.
 results-architectures: $(READY)

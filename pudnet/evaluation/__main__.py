@@ -16,7 +16,10 @@ from pudnet.evaluation.rows import ROWS, Bench
 from pudnet.evaluation.tasks import GROUPS
 from pudnet.files import atomic_path
 
-QUICK_REPEATS = 2
+TASKS, QUICK_TASKS, FULL_TASKS = 4, 2, 12
+# What a run of less than half an hour on two cores leaves out.
+SLOW_ROWS = ("sgd-5", "sgd-20", "adam-20", "finetune-5", "predicted-finetune-1", "predicted-finetune-5")
+SLOW_GROUPS = ("many",)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,20 +45,40 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the .npz image sets")
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/results.md"), help="the Markdown page")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/evaluation.json"), help="the numbers")
-    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP",
-                        help=f"of {', '.join(GROUPS)}")  # fmt: skip
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
-                        help=f"of {', '.join(ROWS)}")  # fmt: skip
-    parser.add_argument("--tasks", type=int, default=20, help="tasks of unseen classes (default: %(default)s)")
+    parser.add_argument("--full", action="store_true",
+                        help=f"every group and row, and {FULL_TASKS} tasks of unseen classes: hours; otherwise less "
+                        "than half an hour")  # fmt: skip
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, metavar="GROUP",
+                        help=f"of {', '.join(GROUPS)} (default: without {', '.join(SLOW_GROUPS)})")  # fmt: skip
+    parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW",
+                        help=f"of {', '.join(ROWS)} (default: without {', '.join(SLOW_ROWS)})")  # fmt: skip
+    parser.add_argument("--tasks", type=int, help=f"tasks of unseen classes (default: {TASKS})")
     parser.add_argument("--ways", type=int, default=5, help="classes of such a task (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_REPEATS} tasks of unseen classes, and the digits")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_TASKS} tasks of unseen classes, and the digits")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes of one thread; 0: this one")
     parser.add_argument("--fresh", action="store_true", help="compute every row again")
     return parser
 
 
+def _place(record: harness.Record) -> tuple[str, int, str]:
+    return record["group"], record["number"], record["row"]
+
+
+def _settle(options: argparse.Namespace) -> None:
+    """Fill in what was not asked for."""
+    if options.groups is None:
+        usual = ["unseen", "digits"] if options.quick else [key for key in GROUPS if key not in SLOW_GROUPS]
+        options.groups = list(GROUPS) if options.full else usual
+    if options.rows is None:
+        options.rows = [key for key in ROWS if options.full or key not in SLOW_ROWS]
+    if options.tasks is None:
+        options.tasks = FULL_TASKS if options.full else QUICK_TASKS if options.quick else TASKS
+
+
 def _run(options: argparse.Namespace) -> int:
+    command = _command(options)
+    _settle(options)
     for name, value, least in (("--tasks", options.tasks, 1), ("--ways", options.ways, 2), ("--seed", options.seed, 0)):
         if value < least:
             raise InputError(message("evaluation", name, f"at least {least}", value))
@@ -69,16 +92,16 @@ def _run(options: argparse.Namespace) -> int:
     settings = harness.Settings(
         checkpoint=options.checkpoint,
         data=data,
-        groups=("unseen", "digits") if options.quick else tuple(options.groups),
+        groups=tuple(options.groups),
         rows=tuple(options.rows),
-        repeats=QUICK_REPEATS if options.quick else options.tasks,
+        repeats=options.tasks,
         ways=options.ways,
         seed=options.seed,
     )
     bench = Bench.open(options.checkpoint)
     document = {
         "format": harness.FORMAT,
-        "command": _command(options),
+        "command": command,
         "checkpoint": options.checkpoint,
         "checkpoint_sha256": bench.digest,
         "seed": options.seed,
@@ -104,7 +127,10 @@ def _run(options: argparse.Namespace) -> int:
     with atomic_path(options.output, "evaluation") as page:
         records, skipped = harness.run(settings, known=known, workers=options.workers, progress=progress)
         complete = {**document, "skipped": skipped, "records": records}
-        harness.save(options.json, complete)
+        # What was not asked for stays in the file for another run; the page and its pictures leave it out.
+        asked = {_place(record) for record in records}
+        others = [record for record in known if _place(record) not in asked]
+        harness.save(options.json, {**complete, "records": records + others})
         pictures = tables.draw_pictures(complete, options.json.parent)
         relative = {title: os.path.relpath(path, options.output.parent) for title, path in pictures.items()}
         page.write_text(tables.markdown(complete, relative))
@@ -114,11 +140,10 @@ def _run(options: argparse.Namespace) -> int:
 
 def _command(options: argparse.Namespace) -> str:
     parts = [f"python -m pudnet.evaluation --checkpoint {options.checkpoint} --data {options.data} -o {options.output}"]
-    parts += [f"--seed {options.seed} --tasks {options.tasks} --ways {options.ways} --workers {options.workers}"]
-    parts += ["--quick"] if options.quick else []
-    for name, table in (("groups", GROUPS), ("rows", ROWS)):
-        chosen = getattr(options, name)
-        parts += [] if chosen == list(table) else [f"--{name} {' '.join(chosen)}"]
+    parts += [f"--seed {options.seed} --ways {options.ways} --workers {options.workers}"]
+    parts += [f"--{name}" for name in ("quick", "full") if getattr(options, name)]
+    parts += [f"--tasks {options.tasks}"] if options.tasks is not None else []
+    parts += [f"--{name} {' '.join(chosen)}" for name in ("groups", "rows") if (chosen := getattr(options, name))]
     return " ".join(parts)
 
 

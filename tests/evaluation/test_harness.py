@@ -13,7 +13,7 @@ import torch
 from pudnet import PudNet
 from pudnet.errors import InputError
 from pudnet.evaluation import harness, tables
-from pudnet.evaluation.__main__ import main
+from pudnet.evaluation.__main__ import _command, _parser, _settle, main
 from pudnet.evaluation.rows import ROWS, Bench
 from pudnet.evaluation.tasks import GROUPS, Material, available, per_class, unseen_classes, validation_classes
 
@@ -130,6 +130,22 @@ def test_too_few_held_out_classes_leave_the_group_out(settings: harness.Settings
         harness.run(replace(settings, rows=("predicted", "adam-5")))
 
 
+@pytest.mark.parametrize(
+    ("flags", "groups", "rows", "tasks"),
+    [
+        ([], len(GROUPS) - 1, len(ROWS) - 6, 4),
+        (["--full"], len(GROUPS), len(ROWS), 12),
+        (["--quick"], 2, len(ROWS) - 6, 2),
+        (["--full", "--tasks", "3", "--rows", "adam-20"], len(GROUPS), 1, 3),
+    ],
+)
+def test_what_is_run_by_default(flags: list[str], groups: int, rows: int, tasks: int) -> None:
+    options = _parser().parse_args(flags)
+    assert _command(options).endswith(" ".join(flags))
+    _settle(options)
+    assert (len(options.groups), len(options.rows), options.tasks) == (groups, rows, tasks)
+
+
 def test_baselines_do_not_depend_on_the_hypernetworks_weights(checkpoint: str, tmp_path: Path) -> None:
     """A new checkpoint must not make an hour of training from scratch run again."""
     net = PudNet("convnet3", image_size=16, width=16, generator_width=2, seed=1)
@@ -158,6 +174,11 @@ def test_command_renders_resumes_and_reports_errors(
         assert (numbers.parent / picture).read_text().lstrip().startswith("<?xml")
     assert main(command) == 0  # taken from the file: even the seconds are the same
     assert json.loads(numbers.read_text())["records"] == document["records"]
+    fewer = [*command[: command.index("--rows")], "--rows", "random-ridge"]
+    assert main(fewer) == 0  # the page has what was asked for, the file keeps the rest
+    assert "| Adam from scratch, 5 epochs |" not in page.read_text()
+    assert {record["row"] for record in json.loads(numbers.read_text())["records"]} == set(rows)
+    assert main(command) == 0 and page.read_text() == text
 
     capsys.readouterr()
     assert main(["--checkpoint", str(tmp_path / "none.safetensors"), *common]) == 2
