@@ -44,7 +44,12 @@ PEERS = (
     "pixels-forest",
     "finetune-5",
 )
-RATIOS = {"weights": "weights alone", "classifier": "weights, calibration, head", "files": "everything from files"}
+RATIOS = {
+    "weights": "generated weights alone",
+    "directed": "weights with the dataset's directions",
+    "classifier": "weights, calibration, head",
+    "files": "everything from files",
+}
 
 DATASETS: dict[str, Group] = {
     "digits": GROUPS["digits"],
@@ -108,6 +113,7 @@ class Prediction:
         spent = self.seconds
         return {
             "weights": spent["weights"],
+            "directed": spent["weights"] + spent["directions"],
             "classifier": sum(spent[stage] for stage in STAGES if stage != "reading"),
             "files": spent["open"] + spent["total"],
         }
@@ -378,7 +384,7 @@ def _draw_panel(axis: Any, record: Mapping[str, Any]) -> None:
         colour = colours[run["optimizer"]]
         axis.plot(seconds, [100 * top for top in tops], color=colour, linewidth=0.8, alpha=0.8, label=label)
     axis.axhline(top1, color="tab:blue", linewidth=0.5)
-    for (way, title), marker in zip(RATIOS.items(), "o^s", strict=True):
+    for (way, title), marker in zip(RATIOS.items(), "o*^s", strict=True):
         axis.plot(prediction["ways_to_count"][way], top1, marker, color="tab:blue", label=f"predicted: {title}")
     for key, marker in zip(record["peers"], "xv+1D<>", strict=False):
         outcome = record["peers"][key]

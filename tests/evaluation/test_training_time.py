@@ -30,10 +30,10 @@ SECONDS = {
     "reading": 1.0,
     "sketch": 0.1,
     "weights": 0.01,
-    "directions": 0.0,
+    "directions": 0.09,
     "calibration": 0.2,
     "head": 0.7,
-    "total": 2.01,
+    "total": 2.1,
 }
 
 
@@ -75,8 +75,9 @@ def test_time_of_an_accuracy_lies_between_the_points() -> None:
 def test_ratios_by_hand() -> None:
     found = ratios(Prediction(0.9, 0.9, SECONDS, SECONDS), Winner(True, "adam", 5, 10.04))
     assert found["weights"] == pytest.approx(1004)
-    assert found["classifier"] == pytest.approx(10.04 / 1.01)  # sketch, weights, calibration, head
-    assert found["files"] == pytest.approx(4)  # 10.04 / (0.5 + 2.01)
+    assert found["directed"] == pytest.approx(100.4)
+    assert found["classifier"] == pytest.approx(10.04 / 1.1)  # sketch, weights, directions, calibration, head
+    assert found["files"] == pytest.approx(10.04 / 2.6)
 
 
 def test_schedules_go_on_until_one_is_as_accurate_or_the_budget_is_spent(checkpoint: str) -> None:
@@ -122,7 +123,7 @@ def test_command(
     assert set(record["peers"]) == {"pixels-mean", "random-ridge"}  # fine-tuning needs another dataset
     seconds = record["prediction"]["seconds"]
     spent = record["prediction"]["ways_to_count"]
-    assert spent["weights"] == seconds["weights"] < spent["classifier"] < spent["files"]
+    assert spent["weights"] == seconds["weights"] <= spent["directed"] < spent["classifier"] < spent["files"]
     counted = record["training"]["winner"]["seconds"]
     assert record["ratios"] == pytest.approx({way: counted / value for way, value in spent.items()})
     assert main([*common, "--datasets", "mnist"]) == 2
