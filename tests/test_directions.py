@@ -156,6 +156,8 @@ def test_directions_help_where_labels_mean_something_and_not_where_they_do_not()
     assert try_directions(net, x, labels, insert).helps
     assert not try_directions(net, x, labels, spoil).helps
     assert not try_directions(net, x, torch.zeros_like(labels), insert).helps
+    shuffled = [labels[torch.randperm(400, generator=torch.Generator().manual_seed(seed))] for seed in range(6)]
+    assert sum(try_directions(net, x, meaningless, insert).helps for meaningless in shuffled) <= 1  # not every second
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pudnet.data import Preprocess
 from pudnet.data.source import open_images
 from pudnet.descent import accuracy
-from pudnet.directions import SHRINKAGE
+from pudnet.directions import HELPS, SHRINKAGE
 from pudnet.evaluation.baselines import pca_weights, random_weights
 from pudnet.evaluation.peers import ITERATIONS, TREES, fit_pixels
 from pudnet.evaluation.scratch import FINE_TUNING_LR, fine_tune, scratch_settings, train_from_scratch
@@ -36,7 +36,10 @@ PROBE_BATCH = 512
 # brought 1.5 points to 20 epochs and cost 0.9 in 5.
 SCRATCH = {5: 0, 20: 2}
 FINE_TUNING_EPOCHS = 5
-KERNEL = f"width={KERNEL_WIDTH} most={KERNEL_ROWS} {KERNEL_VALUES}"  # what else decides a row with the kernel head
+# What else decides a row with the kernel head, with directions, with both.
+KERNEL = f"width={KERNEL_WIDTH} most={KERNEL_ROWS} {KERNEL_VALUES}"
+DIRECTED = f"shrinkage={SHRINKAGE} helps={HELPS}"
+BOTH = f"{KERNEL} {DIRECTED}"
 
 
 @dataclass(frozen=True)
@@ -323,35 +326,37 @@ ROWS: dict[str, Row] = {
     row.key: row
     for row in (
         Row("predicted-kernel", "predicted weights, kernel", _predicted("auto"), uses_checkpoint=True,
-            settings=KERNEL),
+            settings=BOTH),
         Row("predicted-kernel-other", "predicted from another dataset's sketch, kernel",
-            _finished(_predicted_from_other, "auto"), uses_checkpoint=True, needs_other=True, settings=KERNEL),
+            _finished(_predicted_from_other, "auto"), uses_checkpoint=True, needs_other=True, settings=BOTH),
         Row("predicted-kernel-noise", "predicted from a sketch of noise, kernel",
-            _finished(_predicted_from_noise, "auto"), uses_checkpoint=True, settings=KERNEL),
+            _finished(_predicted_from_noise, "auto"), uses_checkpoint=True, settings=BOTH),
         Row("predicted-kernel-mean", "predicted from the training datasets' mean embedding, kernel",
-            _finished(_predicted_from_mean, "auto"), uses_checkpoint=True, needs_familiarity=True, settings=KERNEL),
+            _finished(_predicted_from_mean, "auto"), uses_checkpoint=True, needs_familiarity=True, settings=BOTH),
         Row("undirected-kernel", "generated weights without directions, kernel", _finished(_undirected, "auto"),
             uses_checkpoint=True, settings=KERNEL),
         Row("directions-kernel", "random weights with the dataset's directions, kernel",
-            _finished(_random_with_directions, "auto"), uses_checkpoint=True,
-            settings=f"{KERNEL} shrinkage={SHRINKAGE}"),
+            _finished(_random_with_directions, "auto"), uses_checkpoint=True, settings=BOTH),
         Row("random-kernel", "random weights, kernel", _finished(_random, "auto"), settings=KERNEL),
         Row("pca-kernel", "PCA kernels of the dataset, kernel", _finished(_pca, "auto"), settings=KERNEL),
-        Row("predicted-cosine", "predicted weights, cosine", _predicted("cosine"), uses_checkpoint=True),
-        Row("predicted-ridge", "predicted weights, ridge", _predicted("ridge"), uses_checkpoint=True),
+        Row("predicted-cosine", "predicted weights, cosine", _predicted("cosine"), uses_checkpoint=True,
+            settings=DIRECTED),
+        Row("predicted-ridge", "predicted weights, ridge", _predicted("ridge"), uses_checkpoint=True,
+            settings=DIRECTED),
         Row("predicted-ridge-bfloat16", "predicted weights (bfloat16 parameters), ridge",
-            _predicted("ridge", half=True), uses_checkpoint=True),
-        Row("predicted-ridge-last", "predicted weights, ridge-last", _predicted("ridge-last"), uses_checkpoint=True),
+            _predicted("ridge", half=True), uses_checkpoint=True, settings=DIRECTED),
+        Row("predicted-ridge-last", "predicted weights, ridge-last", _predicted("ridge-last"), uses_checkpoint=True,
+            settings=DIRECTED),
         Row("predicted-cosine-other", "predicted from another dataset's sketch, cosine",
-            _finished(_predicted_from_other, "cosine"), uses_checkpoint=True, needs_other=True),
+            _finished(_predicted_from_other, "cosine"), uses_checkpoint=True, needs_other=True, settings=DIRECTED),
         Row("predicted-ridge-other", "predicted from another dataset's sketch, ridge",
-            _finished(_predicted_from_other, "ridge"), uses_checkpoint=True, needs_other=True),
+            _finished(_predicted_from_other, "ridge"), uses_checkpoint=True, needs_other=True, settings=DIRECTED),
         Row("predicted-ridge-noise", "predicted from a sketch of noise, ridge",
-            _finished(_predicted_from_noise, "ridge"), uses_checkpoint=True),
+            _finished(_predicted_from_noise, "ridge"), uses_checkpoint=True, settings=DIRECTED),
         Row("undirected-ridge", "generated weights without directions, ridge", _finished(_undirected, "ridge"),
             uses_checkpoint=True),
         Row("directions-ridge", "random weights with the dataset's directions, ridge",
-            _finished(_random_with_directions, "ridge"), uses_checkpoint=True, settings=f"shrinkage={SHRINKAGE}"),
+            _finished(_random_with_directions, "ridge"), uses_checkpoint=True, settings=DIRECTED),
         Row("random-cosine", "random weights, cosine", _finished(_random, "cosine")),
         Row("random-ridge", "random weights, ridge", _finished(_random, "ridge")),
         Row("pca-ridge", "PCA kernels of the dataset, ridge", _finished(_pca, "ridge")),
@@ -369,7 +374,7 @@ ROWS: dict[str, Row] = {
             settings=f"lr={FINE_TUNING_LR} {scratch_settings('adam', FINE_TUNING_EPOCHS, 0)}"),
         *(
             Row(f"predicted-finetune-{epochs}", f"predicted weights, fine-tuned {count}", _predicted_and_tuned(epochs),
-                uses_checkpoint=True, settings=f"{finetuning_settings()} {KERNEL}")
+                uses_checkpoint=True, settings=f"{finetuning_settings()} {BOTH}")
             for epochs, count in ((1, "1 epoch"), (5, "5 epochs"))
         ),
         *(
