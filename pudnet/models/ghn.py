@@ -240,11 +240,12 @@ class GHN(hub.Shared, nn.Module):
         if tuple(out) != names:
             wrong = sorted(set(out) ^ set(names))[:3] or "another order"
             raise InputError(message(where, "out", f"a result for this network ({len(names)} names)", wrong))
+        device = self.device
         for (name, tensor), shape in zip(out.items(), plan.shapes, strict=True):
             if tuple(tensor.shape) != shape:
                 raise ShapeError(message(where, f"out[{name!r}]", f"{list(shape)}", list(tensor.shape)))
-            if tensor.dtype != torch.float32 or tensor.device != self.device:
-                rule = f"float32 on {self.device}"
+            if tensor.dtype != torch.float32 or tensor.device != device:
+                rule = f"float32 on {device}"
                 raise DtypeError(message(where, f"out[{name!r}]", rule, f"{tensor.dtype} on {tensor.device}"))
         return list(out.values())
 
@@ -356,6 +357,7 @@ def _allocate(shapes: Sequence[tuple[int, ...]], device: torch.device) -> list[T
 
 
 _PLAIN = (int, float, str, bool, bytes, type(None), type, FunctionType, BuiltinFunctionType, torch.dtype)
+_EXACTLY_PLAIN = frozenset(_PLAIN)  # nearly all attributes there are: known at a glance
 
 
 def fingerprint(module: nn.Module) -> Hashable | None:
@@ -370,7 +372,7 @@ def fingerprint(module: nn.Module) -> Hashable | None:
         for name, value in child.__dict__.items():
             if name in _HELD:
                 continue
-            if not _is_plain(value):
+            if type(value) not in _EXACTLY_PLAIN and not _is_plain(value):
                 return None
             found += (name, value)
         for tensors in (child._parameters, child._buffers):
@@ -385,4 +387,6 @@ _HELD = frozenset(nn.Module().__dict__) - {"training"}  # containers every modul
 
 
 def _is_plain(value: Any) -> bool:
-    return isinstance(value, _PLAIN) or (type(value) in (tuple, torch.Size) and all(map(_is_plain, value)))
+    if type(value) in (tuple, torch.Size):
+        return _EXACTLY_PLAIN.issuperset(map(type, value)) or all(map(_is_plain, value))
+    return isinstance(value, _PLAIN)
