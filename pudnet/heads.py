@@ -144,7 +144,7 @@ class RidgeLastHead(RidgeHead):
 class KernelHead(Head):
     """Kernel ridge regression of one-hot targets: an image is compared with every one that the head was fitted to.
 
-    Two images are alike by exp(-rate |a - b|^2) of the features of all layers. The head keeps the features of its
+    Two images are alike by ``exp(-rate * d)``, d the squared distance of their features of all layers. The head keeps the features of its
     images, in half precision in a file, and reading them takes n F multiplications for each image.
     """
 
