@@ -144,8 +144,8 @@ class RidgeLastHead(RidgeHead):
 class KernelHead(Head):
     """Kernel ridge regression of one-hot targets: an image is compared with every one that the head was fitted to.
 
-    Two images are alike by ``exp(-rate * d)``, d the squared distance of their features of all layers. The head keeps the features of its
-    images, in half precision in a file, and reading them takes n F multiplications for each image.
+    Two images are alike by ``exp(-rate * d)``, d the squared distance of their features of all layers. The head keeps
+    the features of its images, in half precision in a file, and reading them takes n F multiplications for each image.
     """
 
     centre: Tensor  # [F], mean of the images' features
