@@ -121,7 +121,7 @@ def test_the_kernel_head_and_its_leave_one_out_equal_refitting(noise: float) -> 
     y = torch.where(y == 2, y * (torch.arange(40) % 2), y)  # unbalanced
     head = fit_head("kernel", batched(maps, y, 16), 3)
     x, rate, lam = head.rows.double(), float(head.rate), head.info["lambda"]
-    assert isinstance(head.rows, Tensor) and torch.equal(head.rows, (pool_features(maps) - head.centre).half().float())
+    assert torch.equal(head.rows, (pool_features(maps) - head.centre).half().float())
     assert rate == pytest.approx(1 / (4 * torch.cdist(x, x).square().mean().item()), rel=1e-4)
     dual, bias = kernel_refit(x, y, 3, lam, rate)
     torch.testing.assert_close(head.weight.double(), dual.T, rtol=2e-3, atol=1e-4)

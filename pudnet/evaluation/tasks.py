@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -223,11 +223,6 @@ def unseen_classes(material: Material, number: int, seed: int, name: str = "unse
     return Task(name, number, seed, train, test, _other(material, name, seed), flip=True)
 
 
-def many_unseen_classes(material: Material, number: int, seed: int) -> Task:
-    """The same with ``MANY`` classes."""
-    return unseen_classes(material, number, seed, "many", MANY)
-
-
 def validation_classes(material: Material, number: int, seed: int) -> Task:
     """All held-out classes at once, ``TRAIN_PER_CLASS`` training images of each and all test images."""
     assert material.data is not None
@@ -284,7 +279,7 @@ GROUPS: dict[str, Group] = {
     ),
     "many": Group(
         f"{MANY} unseen classes of Tiny-ImageNet",
-        many_unseen_classes,
+        partial(unseen_classes, name="many", ways=MANY),
         NATURAL,
         repeated=True,
         most=MANY_TASKS,
