@@ -163,3 +163,47 @@ def test_unet_uses_every_skip_connection() -> None:
 def test_unet_refuses_sizes_it_cannot_halve(shape: tuple[int, ...]) -> None:
     with pytest.raises(ShapeError, match="multiples of 16"):
         UNet(2)(_images(*shape))
+
+
+def _with_statistics(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    network, _ = build_target(name)
+    for norm in (one for one in network.modules() if isinstance(one, nn.BatchNorm2d)):
+        assert norm.running_mean is not None and norm.running_var is not None
+        nn.init.normal_(norm.running_mean)
+        nn.init.uniform_(norm.running_var, 0.5, 2.0)
+        nn.init.normal_(norm.weight)  # of both signs
+        nn.init.normal_(norm.bias)
+    return network.eval()
+
+
+@pytest.mark.parametrize("name", ["convnet3", "resnet18"])
+def test_batch_norms_are_part_of_the_convolutions_where_no_gradient_is_asked(name: str) -> None:
+    network, images = _with_statistics(name), _images(3, 3, 32, 32)
+    expected = network(images)  # with gradients the modules themselves are called
+    called = [0]
+    norm = next(one for one in network.modules() if isinstance(one, nn.BatchNorm2d))
+    forward = norm.forward
+    norm.forward = lambda x: (called.__setitem__(0, called[0] + 1), forward(x))[1]  # type: ignore[method-assign]
+    with torch.inference_mode():
+        folded = network(images)
+    assert called == [0]
+    assert (folded - expected).norm() < 1e-5 * expected.norm()
+    with torch.no_grad():
+        double = network.double()(images.double())
+    assert (folded.double() - double).norm() < 1e-5 * double.norm()
+
+
+@pytest.mark.parametrize("name", ["convnet3", "resnet18"])
+def test_a_watched_layer_and_batch_statistics_are_not_folded(name: str) -> None:
+    network, images = _with_statistics(name), _images(3, 3, 32, 32)
+    seen: list[Tensor] = []
+    norm = next(one for one in network.modules() if isinstance(one, nn.BatchNorm2d))
+    with torch.no_grad():
+        handle = norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        network(images)
+        handle.remove()
+        assert len(seen) == 1
+        before = norm.running_mean.clone()  # type: ignore[union-attr]
+        network.train()(images)
+        assert not torch.equal(before, norm.running_mean)  # type: ignore[arg-type]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pudnet.targets.folding import conv_norm
+
 
 class ConvNet3(nn.Module):
     """Three blocks of conv 3x3, BatchNorm, ReLU, max-pool.
@@ -22,7 +24,8 @@ class ConvNet3(nn.Module):
         """The output of every block: ``[n, width, H/2, W/2]``, ``[n, width, H/4, W/4]``, ``[n, width, H/8, W/8]``."""
         maps = []
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = F.relu(F.max_pool2d(norm(conv(x)), 2))  # the same as after ReLU, which has a quarter of the work here
+            # The same as after ReLU, which has a quarter of the work here.
+            x = F.relu(F.max_pool2d(conv_norm(conv, norm, x), 2))
             maps.append(x)
         return maps
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pudnet.targets.folding import conv_norm
+
 WIDTHS = (64, 128, 256, 512)
 
 
@@ -30,9 +32,9 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[n, inputs, H, W] -> [n, outputs, H/stride, W/stride]``."""
-        shortcut = x if self.downsample is None else self.downsample(x)
-        x = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(x)) + shortcut)
+        shortcut = x if self.downsample is None else conv_norm(self.downsample[0], self.downsample[1], x)
+        x = F.relu(conv_norm(self.conv1, self.bn1, x))
+        return F.relu(conv_norm(self.conv2, self.bn2, x) + shortcut)
 
 
 class ResNet(nn.Module):
@@ -67,7 +69,7 @@ class ResNet(nn.Module):
 
         H' is H behind the small stem and H/4 behind the large one.
         """
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(conv_norm(self.conv1, self.bn1, x))
         if self.stem == 224:
             x = F.max_pool2d(x, 3, stride=2, padding=1)
         maps = [x]
