@@ -36,7 +36,7 @@ lint: $(READY)
 results: $(READY)
 	$(BIN)/python -m pudnet.evaluation --data $(DATA) $(FULL)
 
-# Predicted parameters on unseen architectures, half an hour; the baselines' checkpoints are in runs/ once trained.
+# Predicted parameters on unseen architectures, half an hour.
 results-architectures: $(READY)
 	$(BIN)/python -m pudnet.evaluation.architectures --images $(DATA)/fashion_mnist.npz
 

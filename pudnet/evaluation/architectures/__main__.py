@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", type=Path, help="the image set, where it is not at the recipe's path")
     parser.add_argument("--ghn2", default="ghn2-fashion", help="bundled name or path (%(default)s)")
     for method in ("ghn1", "mlp"):
-        parser.add_argument(f"--{method}", default=f"runs/{method}-fashion/predictor.safetensors",
+        parser.add_argument(f"--{method}", default=f"checkpoints/{method}-fashion.safetensors",
                             help="path (%(default)s); once it is gone, its finished rows still count")  # fmt: skip
     parser.add_argument("--methods", nargs="+", choices=measure.METHODS, default=list(measure.METHODS),
                         metavar="METHOD", help=f"of {', '.join(measure.METHODS)}")  # fmt: skip
@@ -121,7 +121,6 @@ def _document(
         "images": bench.path.name,
         "environment": harness.environment(1),
         "seed": settings.seed,
-        "networks_seed": bench.recipe["seed"],
         "limits": {split: bench.limits(split) for split in settings.splits},
         "methods": list(settings.methods),
         "networks": settings.networks,
@@ -142,6 +141,7 @@ def _described(checkpoint: measure.Checkpoint) -> dict[str, Any]:
     training = GHN.load(checkpoint.path).card.get("training", {})
     return {
         "sha256": checkpoint.sha256,
+        "start": training.get("start"),
         "steps": training.get("optimiser", {}).get("steps"),
         "architectures": training.get("networks", {}).get("batch"),
         "seed": training.get("seed"),

@@ -78,7 +78,7 @@ class Settings:
         trained: of these, how many are trained by SGD as well.
         tuning: networks of the split val that the rates of SGD are chosen on.
         test_images: taken at random from the test part.
-        seed: of every draw; the networks' own is the recipe's, as in training.
+        seed: of every draw, the networks' as well.
     """
 
     recipe: Path
@@ -148,7 +148,7 @@ class Bench:
         }
 
     def _network(self, split: str, number: int) -> DeepNet:
-        seed = self.recipe["seed"]
+        seed = self.settings.seed
         found = next(deepnets(split, 1, seed, start=number, classes=self.classes, **self.limits(split)))
         assert found.graph.num_parameters  # traced before the network is changed
         set_policy(found.module, "batch")
@@ -219,7 +219,7 @@ class Runner:
         source: Any = bench.settings.checkpoints[method].sha256 if method in GHNS else None
         if method.partition("@")[0] in EPOCHS:
             source = (SGD_IMAGES, SGD_BATCH, SGD, SGD_WARMUP, SGD_CLIP)
-        parts = (FORMAT, split, number, bench.recipe["seed"], bench.limits(split), settings, BATCH, method, source)
+        parts = (FORMAT, split, number, bench.settings.seed, bench.limits(split), settings, BATCH, method, source)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def _parameters(self, network: DeepNet, number: int, method: str) -> dict[str, Tensor]:

@@ -89,7 +89,7 @@ def _setting(document: Mapping[str, Any]) -> list[str]:
         f"- Images: {document['test_images']} of the test part of `{document['images']}` (seed {document['seed']}), "
         "which no training and no tuning reads. BatchNorm on the statistics of the batch for every row, "
         f"{document['batch']} images in each.",
-        f"- Networks: seed {document['networks_seed']}, number 0 and up of each split; initial channels {widths} (four "
+        f"- Networks: seed {document['seed']}, number 0 and up of each split; initial channels {widths} (four "
         f"times as many in wide), stem types {stems}, and the limits of the table: those of training "
         f"(`{document['recipe']}`), or where the split cannot obey them, the smallest that it can.",
     ]
@@ -102,9 +102,10 @@ def _setting(document: Mapping[str, Any]) -> list[str]:
             "the split val and other training images."
         )
     for method, one in document["checkpoints"].items():
+        began = f", from `{one['start']}` on" if one.get("start") else ""
         lines.append(
-            f"- {TITLES[method]}: {one['steps']} steps of {one['architectures']} architecture(s), seed {one['seed']}, "
-            f"sha256 `{one['sha256'][:16]}`."
+            f"- {TITLES[method]}: {one['steps']} steps of {one['architectures']} architecture(s), seed {one['seed']}"
+            f"{began}, sha256 `{one['sha256'][:16]}`."
         )
     return lines
 
