@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -130,7 +129,7 @@ def _shapes(blocks: list[Tensor], sizes: list[int]) -> list[int]:
 def _parts(flat: Tensor, blocks: list[Tensor], sizes: list[int]) -> list[Tensor]:
     """Each target ``[O, I, S]``, a view of ``flat``."""
     shapes = [(o, i, block.shape[0]) for block, o, i in zip(blocks, sizes[::2], sizes[1::2], strict=True)]
-    parts = flat.split([math.prod(shape) for shape in shapes])
+    parts = flat.split([o * i * positions for o, i, positions in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 

@@ -266,6 +266,7 @@ class TrainingConfig(Settings):
             "episodes.support": self.episodes.support,
             "episodes.query": self.episodes.query,
             "episodes.groups": self.episodes.groups,
+            "loss.ridge_lambda": self.loss.ridge_lambda,
             "data.weight": min(source.weight for source in self.data),
         }
 

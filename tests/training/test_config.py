@@ -46,6 +46,7 @@ def test_defaults_and_round_trip(tmp_path):
         (GOOD + '[model]\ntarget = "resnet18"\n', "model"),
         ("model = [1]\n" + GOOD, "model"),
         (GOOD + "[augment]\ntransform = -0.1\n", "augment.transform"),
+        (GOOD + "[loss]\nridge_lambda = 0.0\n", "loss.ridge_lambda"),
         (FAMILY + 'paths = ["a.npz"]\n', "data.paths"),
         (FAMILY.replace("glyphs", "flowers"), "data.family"),
         (FAMILY + "classes = 1\n", "data.classes"),
