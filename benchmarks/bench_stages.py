@@ -3,8 +3,8 @@
     python -m pytest benchmarks/bench_stages.py
 
 The references are the plainest programs that give the same result: all keys of the stream at once for the sketch; the
-normal equations at the lambda that was found, without the search for it and without leave-one-out, for the ridge heads;
-node by node and parameter by parameter for GHN-2 (tests/fixtures/plain_ghn.py).
+normal equations at the lambda that was found, without the search for it and without leave-one-out, for the ridge and
+kernel heads; node by node and parameter by parameter for GHN-2 (tests/fixtures/plain_ghn.py).
 """
 
 from __future__ import annotations
@@ -83,19 +83,32 @@ def features(count: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def plain_head(name: str, lam: float, rows: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Class means of unit vectors, or ridge regression of one-hot targets by its normal equations, in float64."""
+    """Class means of unit vectors, or (kernel) ridge regression of one-hot targets by its equations, in float64."""
     x, targets = rows.double(), F.one_hot(labels, CLASSES).double()
     if name == "cosine":
         return {"weight": F.normalize(targets.T @ x, dim=1)}
     mean, share = x.mean(dim=0), targets.mean(dim=0)
     centred = x - mean
+    if name == "kernel":
+        centred = centred.half().double()  # as the head keeps its images
+        squared = torch.cdist(centred, centred).square()
+        ones = x.new_ones(len(x), 1)
+        alike = torch.exp(-squared / (4 * squared.mean())) + lam * torch.eye(len(x), dtype=x.dtype, device=x.device)
+        system = torch.cat([torch.cat([alike, ones], 1), torch.cat([ones.T, ones.new_zeros(1, 1)], 1)])
+        solution = torch.linalg.solve(system, torch.cat([targets, targets.new_zeros(1, CLASSES)]))
+        return {"bias": solution[-1], "weight": solution[:-1].T}
     scatter = centred.T @ centred + lam * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     weight = torch.linalg.solve(scatter, centred.T @ (targets - share)).T
     return {"bias": share - weight @ mean, "weight": weight}
 
 
-@pytest.mark.parametrize(("count", "width"), [(1000, 512), (10_000, 512)])
-@pytest.mark.parametrize("name", ["cosine", "ridge"])  # of one vector per image, ridge-last is ridge
+@pytest.mark.parametrize(
+    ("name", "count", "width"),  # of one vector per image, ridge-last is ridge
+    [
+        *((name, count, 512) for name in ("cosine", "ridge") for count in (1000, 10_000)),
+        *(("kernel", count, 512) for count in (1000, 2000)),
+    ],
+)
 def test_head(timed: Callable[..., None], name: str, count: int, width: int) -> None:
     rows, labels = features(count, width)
 
