@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
+from pudnet import memory
 from pudnet._version import __version__
 from pudnet.errors import InputError, PudnetError, message
 
@@ -65,6 +66,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 def main() -> None:
     """Run the command line; the console entry point."""
+    memory.keep_freed()
     try:
         app(prog_name="pudnet")
     except KeyboardInterrupt:  # before a command has begun

@@ -45,6 +45,7 @@ USERS = {
 # Each part of pudnet/ (a module, or a folder and all in it), and the parts it may import.
 ALLOWED = {
     "errors": set(),
+    "memory": set(),
     "_version": set(),
     "files": {"errors"},
     "specs": {"errors"},
@@ -87,7 +88,7 @@ ALLOWED = {
     "demo": USERS - {"training"},
     "report": USERS - {"training", "demo"},
     "info": OPS,
-    "cli": USERS | {"cli", "report"},
+    "cli": USERS | {"cli", "memory", "report"},
     "__main__": {"cli"},
 }
 
