@@ -92,7 +92,7 @@ def bench_section(results: Path, page: Path) -> list[str]:
         cold = kinds.pop("cold start", [])
         steady = noisy_rows(document, again)
         for kind, rows in kinds.items():
-            lines += [f"#### {kind}", "", *row_table(rows, steady)]
+            lines += [f"### {kind}", "", *row_table(rows, steady)]
         lines += cold_table(cold)
         lines += left_out(document["left_out"])
     return lines
@@ -152,7 +152,7 @@ def cold_table(rows: Sequence[Document]) -> list[str]:
         [row["param"], number(row["stats"]["median"]), *(number(row["extra_info"][name]) for name in names)]
         for row in rows
     ]
-    return ["#### Cold start", "", *table(header, lines)]
+    return ["### Cold start", "", *table(header, lines)]
 
 
 def left_out(reasons: dict[str, str]) -> list[str]:
