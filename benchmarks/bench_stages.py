@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from timing import DEVICE, clock
 from torch import Tensor
-from workloads import NETWORKS, images, plain_ghn
+from workloads import NETWORKS, images, plain_ghn, plain_heads
 
 from pudnet.graphs import trace
-from pudnet.heads import Head, fit_head
+from pudnet.heads import KERNEL_WIDTH, Head, fit_head
 from pudnet.interop import import_released_ghn2
 from pudnet.sketch import sketch
 
@@ -91,12 +91,9 @@ def plain_head(name: str, lam: float, rows: Tensor, labels: Tensor) -> dict[str,
     centred = x - mean
     if name == "kernel":
         centred = centred.half().double()  # as the head keeps its images
-        squared = torch.cdist(centred, centred).square()
-        ones = x.new_ones(len(x), 1)
-        alike = torch.exp(-squared / (4 * squared.mean())) + lam * torch.eye(len(x), dtype=x.dtype, device=x.device)
-        system = torch.cat([torch.cat([alike, ones], 1), torch.cat([ones.T, ones.new_zeros(1, 1)], 1)])
-        solution = torch.linalg.solve(system, torch.cat([targets, targets.new_zeros(1, CLASSES)]))
-        return {"bias": solution[-1], "weight": solution[:-1].T}
+        rate = 1 / (KERNEL_WIDTH * float(torch.cdist(centred, centred).square().mean()))
+        dual, bias = plain_heads.kernel_refit(centred, labels, CLASSES, lam, rate)
+        return {"bias": bias, "weight": dual.T}
     scatter = centred.T @ centred + lam * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     weight = torch.linalg.solve(scatter, centred.T @ (targets - share)).T
     return {"bias": share - weight @ mean, "weight": weight}

@@ -18,9 +18,10 @@ from pudnet import PudNet, backends
 
 sys.path.insert(0, str(ROOT / "tests" / "fixtures"))
 import plain_ghn
+import plain_heads
 from torchvision_nets import NETWORKS
 
-__all__ = ["NETWORKS", "TARGETS", "Plain", "arguments_of", "hypernetwork", "images", "plain_ghn"]
+__all__ = ["NETWORKS", "TARGETS", "Plain", "arguments_of", "hypernetwork", "images", "plain_ghn", "plain_heads"]
 
 SKETCH = 100  # images of a dataset
 

@@ -66,6 +66,9 @@ def test_the_program_gives_equal_outputs_for_any_number_of_images(model: pudnet.
         images = coloured(20, seed=3)[0][:n]
         for found, wanted in zip(program(images), expected(model, images), strict=True):
             torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE * max(1.0, float(wanted.abs().max())))
+        logits = model(model.preprocess(images))  # with gradients: the modules themselves, nothing folded
+        for found, wanted in zip(program(images), (logits, torch.softmax(logits, 1)), strict=True):
+            assert torch.equal(found, wanted)
 
 
 def test_normalisation_sizes_and_class_names_travel_with_each(model: pudnet.PredictedModel, folder: Path) -> None:

@@ -3,12 +3,18 @@ from __future__ import annotations
 import copy
 import json
 import math
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
+
+from plain_heads import kernel_refit
 
 from pudnet import heads
 from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError
@@ -102,17 +108,6 @@ def test_ridge_and_its_leave_one_out_equal_refitting(form: str, n: int, features
     weight_ref, bias_ref = refit(x, y, 3, lam)
     torch.testing.assert_close(weight, weight_ref, rtol=2e-3, atol=2e-4)
     torch.testing.assert_close(bias, bias_ref, rtol=2e-3, atol=2e-3)
-
-
-def kernel_refit(x: Tensor, y: Tensor, classes: int, lam: float, rate: float) -> tuple[Tensor, Tensor]:
-    """Kernel ridge regression with an unpenalised intercept, from its bordered system: dual ``[n, K]``, bias."""
-    n, ones = len(x), x.new_ones(len(x), 1).double()
-    kernel = torch.exp(-rate * torch.cdist(x.double(), x.double()).square())
-    system = torch.cat(
-        [torch.cat([kernel + lam * torch.eye(n), ones], 1), torch.cat([ones.T, ones.new_zeros(1, 1)], 1)]
-    )
-    solved = torch.linalg.solve(system, torch.cat([F.one_hot(y, classes).double(), ones.new_zeros(1, classes)]))
-    return solved[:-1], solved[-1]
 
 
 @pytest.mark.parametrize("noise", [0.3, 2.0])
