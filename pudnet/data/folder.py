@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,13 +19,18 @@ from pudnet.errors import InputError, message
 
 TEST_FOLDERS = ("test", "val", "validation")
 THREADS = min(8, os.cpu_count() or 1)
+# Files that take fewer seconds are decoded by one thread, batch by batch: most of that time is the interpreter's, and
+# several threads that take turns with it are slower than one.
+QUICK = 1e-3
+TRIED, MANY = 3, 64  # files by which that is found out, in folders of so many
 
 
 class FolderSource(ImageSource):
     """Images of a folder, in the order of classes and file names.
 
-    Every pass decodes with a few threads, a batch ahead of the reader; what was resized is kept up to ``cache_bytes``.
-    Files that cannot be read are skipped and listed; the first complete pass knows the counts and checks the classes.
+    Every pass decodes with a few threads, or with one where files are small, a batch ahead of the reader; what was
+    resized is kept up to ``cache_bytes``. Files that cannot be read are skipped and listed; the first complete pass
+    knows the counts and checks the classes.
     """
 
     def __init__(
@@ -61,11 +68,12 @@ class FolderSource(ImageSource):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         counts = torch.zeros(len(self.classes), dtype=torch.int64)
-        pool = ThreadPoolExecutor(THREADS, thread_name_prefix="pudnet-decode")
+        together = self._quick()
+        pool = ThreadPoolExecutor(1 if together else THREADS, thread_name_prefix="pudnet-decode")
         try:
-            ahead = self._start(pool, 0)
+            ahead = self._start(pool, 0, together)
             for number in range(len(self._chunks)):
-                futures, ahead = ahead, self._start(pool, number + 1)
+                futures, ahead = ahead, self._start(pool, number + 1, together)
                 images, labels = self._collect(number, futures)
                 if len(labels):
                     counts += torch.bincount(labels, minlength=len(counts))
@@ -75,11 +83,27 @@ class FolderSource(ImageSource):
         if self.counts is None:
             self._finish_first_pass(tuple(counts.tolist()))
 
-    def _start(self, pool: ThreadPoolExecutor, number: int) -> list[Future[Tensor | str]]:
-        """Begin to decode one batch of files; nothing to do when it is cached or beyond the end."""
+    def _quick(self) -> bool:
+        """Whether the files that have to be decoded take little time each, as the first ones do."""
+        left = (path for number, chunk in enumerate(self._chunks) if number not in self._cache for path, _ in chunk)
+        if sum(map(len, self._chunks)) < MANY:
+            return False
+        seconds = []
+        for path in itertools.islice(left, TRIED):
+            start = time.perf_counter()
+            self._decode(path)
+            seconds.append(time.perf_counter() - start)
+        return min(seconds, default=0.0) < QUICK
+
+    def _start(self, pool: ThreadPoolExecutor, number: int, together: bool) -> list[Future[list[Tensor | str]]]:
+        """Begin to decode one batch of files, in one task or one each; no task if it is cached or beyond the end."""
         if number >= len(self._chunks) or number in self._cache:
             return []
-        return [pool.submit(self._decode, path) for path, _ in self._chunks[number]]
+        paths = [path for path, _ in self._chunks[number]]
+        return [pool.submit(self._decode_all, part) for part in ([paths] if together else [[path] for path in paths])]
+
+    def _decode_all(self, paths: list[Path]) -> list[Tensor | str]:
+        return [self._decode(path) for path in paths]
 
     def _decode(self, path: Path) -> Tensor | str:
         """uint8 [1, size, size, 3], or why there is none. Files known to be unreadable are not tried again."""
@@ -90,13 +114,13 @@ class FolderSource(ImageSource):
         except UnreadableImageError as error:
             return str(error)
 
-    def _collect(self, number: int, futures: list[Future[Tensor | str]]) -> tuple[Tensor, Tensor]:
+    def _collect(self, number: int, futures: list[Future[list[Tensor | str]]]) -> tuple[Tensor, Tensor]:
         """Images uint8 [n, size, size, 3] and labels int64 [n] of one batch; notes the files that were skipped."""
         if number in self._cache:
             return self._cache[number]
         images, labels = [], []
-        for (path, label), future in zip(self._chunks[number], futures, strict=True):
-            result = future.result()
+        results = itertools.chain.from_iterable(future.result() for future in futures)
+        for (path, label), result in zip(self._chunks[number], results, strict=True):
             if isinstance(result, Tensor):
                 images.append(result)
                 labels.append(label)

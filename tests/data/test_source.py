@@ -64,6 +64,20 @@ def test_folder(folder: Path, cache_bytes: int, batch: int) -> None:
     assert torch.equal(open_images(str(folder), size=8).tensors()[0], images)
 
 
+@pytest.mark.parametrize("quick", [0.0, 1e9])
+def test_files_are_decoded_one_by_one_or_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: float
+) -> None:
+    monkeypatch.setattr("pudnet.data.folder.QUICK", quick)
+    for number in range(70):
+        write(tmp_path / f"{number % 2}" / f"{number:02}.png", (number, 0, 255 - number), (8, 8))
+    (tmp_path / "1" / "07.png").write_text("no image")
+    source = open_images(tmp_path, size=8, batch_size=32)
+    images, _ = check_passes(source, 8, 69, 32)
+    assert images[:, 0, 0, 0].tolist() == [*range(0, 70, 2), *(number for number in range(1, 70, 2) if number != 7)]
+    assert [Path(path).name for path, _ in source.skipped] == ["07.png"]
+
+
 def test_an_abandoned_pass_does_no_harm(folder: Path) -> None:
     source = open_images(folder, size=8, batch_size=2)
     next(iter(source))
