@@ -10,8 +10,16 @@ import pytest
 import torch
 from timing import Copy, environment, measure
 
+from pudnet.memory import keep_freed
+
 left_out: dict[str, str] = {}
 failed: list[str] = []
+
+
+@pytest.fixture(autouse=True, scope="session")
+def freed_memory_is_kept() -> None:
+    """As under the command line: how long fresh memory takes depends on what else ran in the process before."""
+    keep_freed()
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,7 @@ DEVICE = torch.device(os.environ.get("PUDNET_BENCH_DEVICE", "cpu"))
 SECONDS = float(os.environ.get("PUDNET_BENCH_SECONDS", "1.5"))  # of timing for one row, more or less
 COMPILE = os.environ.get("PUDNET_BENCH_COMPILE") == "1"  # torch.compile wherever it can run, not only where it is quick
 LEAST_ROUNDS, MOST_ROUNDS = 5, 100
+SITTINGS = 3  # at most: a row whose halves tell different ratios is timed again
 WARM_UPS = 1
 NOISE = 1.1  # ratios of the same thing may differ by this factor
 COPY_BYTES = 70 << 20  # as much as ResNet-18's generation reads and writes, half each; far more than a CPU's caches
@@ -184,6 +185,12 @@ class Paired:
         pairs = zip(self.candidate[first:last], self.reference[first:last], strict=True)
         return statistics.median(slow / max(fast, 1e-9) for fast, slow in pairs)
 
+    def longer(self, candidate: Run, reference: Run, rounds: int) -> Paired:
+        """The same with ``rounds`` more of them."""
+        more = [(seconds(reference)[0], seconds(candidate)[0]) for _ in range(rounds)]
+        slow, fast = zip(*more, strict=True)
+        return Paired([*self.candidate, *fast], [*self.reference, *slow])
+
     @property
     def noisy(self) -> bool:
         """Whether the two halves of the run tell different ratios."""
@@ -245,13 +252,16 @@ def measure(
     if benchmark.stats is None:  # --benchmark-disable: the check was all
         return
     paired = Paired(list(benchmark.stats.stats.data), references[WARM_UPS:])
+    for _ in range(SITTINGS - 1):
+        if paired.noisy:
+            paired = paired.longer(candidate, reference, rounds)
     median = statistics.median(paired.candidate)
     benchmark.extra_info |= {
         "median_ms": 1e3 * median,
         "reference_ms": 1e3 * statistics.median(paired.reference),
         "times_faster": paired.ratio(),
         "noisy": paired.noisy,
-        "rounds": rounds,
+        "rounds": len(paired.candidate),
         "first_call_ms": 1e3 * first_call,
         "error": error,
         "bytes_moved": moved,

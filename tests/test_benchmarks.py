@@ -98,7 +98,10 @@ def test_a_machine_that_slows_down_changes_no_ratio() -> None:
     drift = [1 + 0.2 * i for i in range(20)]
     paired = timing.Paired([1 * factor for factor in drift], [3 * factor for factor in drift])
     assert paired.ratio() == pytest.approx(3) and not paired.noisy
-    assert timing.Paired([1.0] * 20, [3.0] * 10 + [4.0] * 10).noisy
+    noisy = timing.Paired([1.0] * 20, [3.0] * 10 + [4.0] * 10)
+    assert noisy.noisy
+    longer = noisy.longer(lambda: None, lambda: None, 3)
+    assert len(longer.candidate) == len(longer.reference) == 23 and longer.candidate[:20] == noisy.candidate
 
 
 def test_exponents() -> None:

@@ -26,6 +26,7 @@ from pudnet.evaluation.rows import ROWS, SCRATCH, Bench
 from pudnet.evaluation.scratch import ScratchResult, train_from_scratch
 from pudnet.evaluation.tasks import GROUPS, Group, Images, Material, Task, available, validation_classes
 from pudnet.files import atomic_path
+from pudnet.memory import keep_freed
 from pudnet.predictor import Predictor
 from pudnet.stages import STAGES
 
@@ -451,6 +452,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; exit status 2 for bad input, 130 when interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
+    keep_freed()  # as the command line does, here for the prediction and the training alike
     start = time.perf_counter()
 
     def say(text: str) -> None:
