@@ -197,7 +197,8 @@ class OptimisedPudNet:
         """The encoder as native code reads it, where that can run it on images of the target's size."""
         convs = [conv for conv in self._embedding.convs if isinstance(conv, nn.Conv2d)]
         layers = (convs, self._embedding.linear, self._embedding.norm)
-        if self._sketch_size != self.preprocess.size or _native_embedding.why_not(*layers):
+        other = self._sketch_size != self.preprocess.size or not self._embedding.conditioned
+        if other or _native_embedding.why_not(*layers):
             return None
         return _native_embedding.pack(*layers, self._scale.flatten().tolist(), self._shift.flatten().tolist())
 

@@ -52,6 +52,11 @@ def test_same_numbers_as_the_reference(net: PudNet) -> None:
     assert error(net.layout.flatten(fast.generate_batch(sketches)), expected(net, sketches)) < 1e-5
 
 
+def test_unconditioned() -> None:
+    net = PudNet("convnet3", image_size=16, width=32, conditioned=False).eval()
+    assert error(net.layout.flatten(OptimisedPudNet(net).generate(images(3))), expected(net, images(5, 1))) < 1e-5
+
+
 @pytest.mark.skipif(bool(_extension.why_not()), reason="; ".join(_extension.why_not()))
 def test_native_where_there_is_an_extension(net: PudNet) -> None:
     assert OptimisedPudNet(net).backend == "native"

@@ -129,6 +129,18 @@ def test_building_is_seeded_and_leaves_the_global_generators_alone() -> None:
     assert not torch.equal(first.generators.row_weight, different.generators.row_weight)
 
 
+def test_an_unconditioned_network_gives_every_dataset_the_same_weights(tmp_path: Path) -> None:
+    net = _own("default", conditioned=False)
+    net.save(tmp_path / "blank.safetensors")
+    net = PudNet.load(tmp_path / "blank.safetensors", target=Own())
+    one, other = (net.layout.flatten(net.generate(_images(count))) for count in (3, 5))
+    assert torch.allclose(one, other, rtol=1e-5, atol=1e-7)
+    conditioned = _own("default")
+    assert [value.shape for value in net.parameters()] == [value.shape for value in conditioned.parameters()]
+    one, other = (conditioned.layout.flatten(conditioned.generate(_images(count))) for count in (3, 5))
+    assert not torch.allclose(one, other, rtol=1e-3)
+
+
 def test_building_leaves_the_batch_statistics_of_the_embedding_alone() -> None:
     norm = _own("paper").embedding.norm
     assert isinstance(norm, nn.BatchNorm1d) and norm.num_batches_tracked == 0 and not norm.running_mean.any()
@@ -239,6 +251,7 @@ def test_a_users_module_loads_with_the_module(tmp_path: Path) -> None:
         ({"target": "convnet3", "widht": 64}, "widht"),
         ({"target": "convnet3", "recurrence": "lstm"}, "ahru"),
         ({"target": "convnet3", "embedding_norm": "none"}, "layer"),
+        ({"target": "convnet3", "conditioned": 1}, "conditioned"),
         ({"target": "convnet3", "width": 0}, "width"),
         ({"target": "convnet3", "layers": 1.5}, "layers"),
         ({"target": "convnet3", "alpha": float("nan")}, "alpha"),

@@ -42,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: python -m pudnet.evaluation --checkpoint convnet3 --data ../shared/data -o docs/results.md",
     )
     parser.add_argument("--checkpoint", default="convnet3", help="bundled name, path or Hub id (default: %(default)s)")
+    parser.add_argument("--unconditioned", type=Path, default=Path("checkpoints/convnet3-unconditioned.safetensors"),
+                        help="checkpoint of the same target, trained on blank sketches")  # fmt: skip
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the .npz image sets")
     parser.add_argument("-o", "--output", type=Path, default=Path("docs/results.md"), help="the Markdown page")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/evaluation.json"), help="the numbers")
@@ -97,13 +99,15 @@ def _run(options: argparse.Namespace) -> int:
         repeats=options.tasks,
         ways=options.ways,
         seed=options.seed,
+        unconditioned=options.unconditioned,
     )
-    bench = Bench.open(options.checkpoint)
+    bench = Bench.open(options.checkpoint, options.unconditioned)
     document = {
         "format": harness.FORMAT,
         "command": command,
         "checkpoint": options.checkpoint,
         "checkpoint_sha256": bench.digest,
+        "unconditioned": str(options.unconditioned) if bench.unconditioned else None,
         "seed": options.seed,
         "ways": options.ways,
         "processes": max(1, options.workers),

@@ -41,6 +41,7 @@ class Settings:
         ways: classes of an unseen-class task.
         seed: of every draw.
         held_out: classes the checkpoint was not trained on; None: as its card says.
+        unconditioned: checkpoint of the same target, trained on blank sketches; its rows are left out without.
     """
 
     checkpoint: str
@@ -51,6 +52,7 @@ class Settings:
     ways: int = 5
     seed: int = 0
     held_out: tuple[str, ...] | None = None
+    unconditioned: Path | None = None
 
 
 def run(
@@ -94,7 +96,7 @@ class _Runner:
 
     def __init__(self, settings: Settings, known: Mapping[str, Record]) -> None:
         self.settings, self.known = settings, known
-        self.bench = Bench.open(settings.checkpoint)
+        self.bench = Bench.open(settings.checkpoint, settings.unconditioned)
         held_out = self.bench.held_out if settings.held_out is None else settings.held_out
         sources = self.bench.predictor.net.card.get("training", {}).get("data", [])
         seen = tuple(source["family"] for source in sources if source.get("family"))
@@ -111,8 +113,7 @@ class _Runner:
         records = []
         for key in self.settings.rows:
             row = ROWS[key]
-            unknown = row.needs_familiarity and "familiarity" not in self.bench.predictor.net.card
-            if unknown or (row.needs_other and task.other is None):
+            if self.bench.why_not(row, task):
                 continue
             identity = _identity(task.fingerprint, row, self.bench)
             record = self.known.get(identity)
@@ -126,7 +127,7 @@ class _Runner:
 
 def _identity(fingerprint: str, row: Row, bench: Bench) -> str:
     """A row of a task is computed again when its images, its settings or the weights it reads change."""
-    parts = [FORMAT, fingerprint, row.key, row.settings, bench.describe(), bench.digest if row.uses_checkpoint else ""]
+    parts = [FORMAT, fingerprint, row.key, row.settings, bench.describe(), bench.weights(row)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 

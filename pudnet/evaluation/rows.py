@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,17 +67,25 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Bench:
-    """What rows work with: the predictor, its preprocessing, and its target network as an architecture."""
+    """What rows work with: the predictor, its preprocessing, and its target network as an architecture.
+
+    ``unconditioned`` is a predictor of the same target that was trained on blank sketches, where there is one.
+    """
 
     predictor: Predictor
     architecture: nn.Module
+    unconditioned: Predictor | None = None
 
     @classmethod
-    def open(cls, checkpoint: str) -> Bench:
-        """Load what ``Predictor.from_pretrained`` takes."""
-        predictor = Predictor.from_pretrained(checkpoint)
+    def open(cls, checkpoint: str, unconditioned: Path | None = None) -> Bench:
+        """Load what ``Predictor.from_pretrained`` takes, and the other's file where it exists and fits."""
+        predictor, blank = Predictor.from_pretrained(checkpoint), None
         net = predictor.net
-        return cls(predictor, net.materialise(net.layout.views(torch.zeros(net.layout.size))))
+        if unconditioned is not None and unconditioned.is_file():
+            blank = Predictor.from_pretrained(unconditioned)
+            if blank.net.target_name != net.target_name or blank.net.preprocess != net.preprocess:
+                blank = None
+        return cls(predictor, net.materialise(net.layout.views(torch.zeros(net.layout.size))), blank)
 
     @property
     def preprocess(self) -> Preprocess:
@@ -91,6 +100,20 @@ class Bench:
     def digest(self) -> str:
         """sha256 of the checkpoint file."""
         return str(self.predictor.origin["sha256"])
+
+    def weights(self, row: Row) -> str:
+        """Digest of the weights that a row reads; empty where it reads none."""
+        if row.needs_unconditioned:
+            return "" if self.unconditioned is None else str(self.unconditioned.origin["sha256"])
+        return self.digest if row.uses_checkpoint else ""
+
+    def why_not(self, row: Row, task: Task) -> str:
+        """What a row lacks on a task; empty where it can run."""
+        if row.needs_familiarity and "familiarity" not in self.predictor.net.card:
+            return "a checkpoint that knows embeddings of its training's datasets"
+        if row.needs_unconditioned and self.unconditioned is None:
+            return "a checkpoint trained on blank sketches"
+        return "images of another dataset" if row.needs_other and task.other is None else ""
 
     @property
     def held_out(self) -> tuple[str, ...]:
@@ -114,6 +137,7 @@ class Row:
         uses_checkpoint: whether the hypernetwork's weights matter.
         needs_other: whether it needs images of another dataset.
         needs_familiarity: whether it needs a checkpoint that knows embeddings of its training's datasets.
+        needs_unconditioned: whether it reads, in place of the checkpoint, the one trained on blank sketches.
         settings: what else determines the result, for the lookup of finished rows.
     """
 
@@ -123,6 +147,7 @@ class Row:
     uses_checkpoint: bool = False
     needs_other: bool = False
     needs_familiarity: bool = False
+    needs_unconditioned: bool = False
     settings: str = ""
 
 
@@ -202,6 +227,19 @@ def _undirected(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
     """Generated weights alone, also where the checkpoint was trained with directions in their place."""
     with torch.no_grad():
         return bench.predictor.net.materialise(bench.predictor.net.generate(sketch))
+
+
+def _unconditioned(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
+    """Weights that are the same for every dataset, learned in the same way."""
+    assert bench.unconditioned is not None  # rows that need one are left out without
+    with torch.no_grad():
+        return bench.unconditioned.net.materialise(bench.unconditioned.net.generate(sketch))
+
+
+def _unconditioned_with_directions(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
+    assert bench.unconditioned is not None
+    with torch.no_grad():
+        return bench.unconditioned.net.network(sketch)
 
 
 def _random_with_directions(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
@@ -335,6 +373,10 @@ ROWS: dict[str, Row] = {
             _finished(_predicted_from_mean, "auto"), uses_checkpoint=True, needs_familiarity=True, settings=BOTH),
         Row("undirected-kernel", "generated weights without directions, kernel", _finished(_undirected, "auto"),
             uses_checkpoint=True, settings=KERNEL),
+        Row("unconditioned-kernel", "unconditioned network trained the same way, kernel",
+            _finished(_unconditioned, "auto"), needs_unconditioned=True, settings=KERNEL),
+        Row("unconditioned-directions-kernel", "unconditioned network with the dataset's directions, kernel",
+            _finished(_unconditioned_with_directions, "auto"), needs_unconditioned=True, settings=BOTH),
         Row("directions-kernel", "random weights with the dataset's directions, kernel",
             _finished(_random_with_directions, "auto"), uses_checkpoint=True, settings=BOTH),
         Row("random-kernel", "random weights, kernel", _finished(_random, "auto"), settings=KERNEL),

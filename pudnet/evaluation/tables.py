@@ -20,6 +20,12 @@ DIFFERENCES = (
     ("conditioning gain (own sketch minus another's), kernel", "predicted-kernel", "predicted-kernel-other"),
     ("predicted, kernel, minus predicted from noise, kernel", "predicted-kernel", "predicted-kernel-noise"),
     ("predicted, kernel, minus predicted from the mean embedding", "predicted-kernel", "predicted-kernel-mean"),
+    ("predicted, kernel, minus unconditioned network", "predicted-kernel", "unconditioned-kernel"),
+    (
+        "predicted, kernel, minus unconditioned network with directions",
+        "predicted-kernel",
+        "unconditioned-directions-kernel",
+    ),
     ("directions (predicted, kernel, minus the same without)", "predicted-kernel", "undirected-kernel"),
     ("kernel head minus ridge head", "predicted-kernel", "predicted-ridge"),
     ("predicted, ridge, minus Adam 20 epochs", "predicted-ridge", "adam-20"),
@@ -43,6 +49,7 @@ OVERVIEW = (
     ("conditioning gain", "predicted-kernel", "predicted-kernel-other"),
     ("minus noise", "predicted-kernel", "predicted-kernel-noise"),
     ("minus mean embedding", "predicted-kernel", "predicted-kernel-mean"),
+    ("minus unconditioned", "predicted-kernel", "unconditioned-kernel"),
     ("ridge head", "predicted-ridge", None),
     ("ridge: conditioning gain", "predicted-ridge", "predicted-ridge-other"),
 )

@@ -52,6 +52,8 @@ class PudNetConfig:
         directions: for the last convolutions, which read each other and the very last one last, how many pairs of
             kernels give way to Fisher directions of what the convolution reads (``pudnet.directions``), where a sketch
             has labels and they help.
+        conditioned: False: the embedding sees blank images, so that the generated weights are the same for all
+            datasets; what conditioning is compared with.
         mean, std: normalisation of images in 0..1, for sketch, network and baselines alike.
     """
 
@@ -64,6 +66,7 @@ class PudNetConfig:
     generator_width: int = 8
     alpha: float = 0.1
     directions: tuple[int, ...] = ()
+    conditioned: bool = True
     mean: tuple[float, float, float] = MEAN
     std: tuple[float, float, float] = STD
 
@@ -77,6 +80,8 @@ class PudNetConfig:
                 raise InputError(message("PudNet", name, f"at most {most}", getattr(self, name)))
         if not isinstance(self.alpha, (int, float)) or not 0 <= self.alpha <= 1:
             raise InputError(message("PudNet", "alpha", "a number from 0 to 1", repr(self.alpha)))
+        if not isinstance(self.conditioned, bool):
+            raise InputError(message("PudNet", "conditioned", "true or false", repr(self.conditioned)))
         counts = self.directions
         if not isinstance(counts, (list, tuple)) or not all(type(count) is int and count >= 0 for count in counts):
             raise InputError(message("PudNet", "directions", "a list of integers of at least 0", repr(counts)))
@@ -144,7 +149,9 @@ class PudNet(hub.Shared, nn.Module):
             self.preprocess = Preprocess(config.image_size, config.mean, config.std)
             self.layout = WeightLayout.from_module(module)
             self._check_directions(module)
-            self.embedding = DatasetEmbedding(config.sketch_size, config.layers, config.width, config.embedding_norm)
+            self.embedding = DatasetEmbedding(
+                config.sketch_size, config.layers, config.width, config.embedding_norm, config.conditioned
+            )
             self.recurrence = LayerRecurrence(
                 len(self.layout.entries), config.layers, config.width, config.recurrence, config.alpha
             )

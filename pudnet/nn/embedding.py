@@ -24,13 +24,14 @@ class DatasetEmbedding(nn.Module):
         width: D, their width.
         norm: ``"batch"`` (BatchNorm1d, the published core) or ``"layer"`` (LayerNorm: an image's features do not depend
             on what else is in the sketch, and datasets stay distinguishable while training on one at a time).
+        conditioned: False: it sees blank images in place of the sketch's, so that all datasets have one embedding.
     """
 
-    def __init__(self, image_size: int, layers: int, width: int, norm: str) -> None:
+    def __init__(self, image_size: int, layers: int, width: int, norm: str, conditioned: bool = True) -> None:
         super().__init__()
         if norm not in NORMS:
             raise InputError(message("DatasetEmbedding", "norm", f"one of {sorted(NORMS)}", repr(norm)))
-        self.layers, self.width = layers, width
+        self.layers, self.width, self.conditioned = layers, width, conditioned
         sizes = (3, *CHANNELS)
         self.convs = nn.ModuleList(nn.Conv2d(i, o, 5, stride=2, padding=2) for i, o in pairwise(sizes))
         side = image_size
@@ -41,7 +42,7 @@ class DatasetEmbedding(nn.Module):
 
     def image_features(self, images: Tensor) -> Tensor:
         """Features of single images: ``[n, 3, H, W] -> [n, G * D]``."""
-        x = images
+        x = images if self.conditioned else torch.zeros_like(images)
         for conv in self.convs:
             x = F.gelu(conv(x))
         return F.gelu(self.norm(self.linear(x.flatten(1))))

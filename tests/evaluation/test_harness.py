@@ -156,6 +156,24 @@ def test_baselines_do_not_depend_on_the_hypernetworks_weights(checkpoint: str, t
         assert same == (not key.startswith("predicted"))
 
 
+def test_the_unconditioned_network_has_rows_of_its_own(settings: harness.Settings, tmp_path: Path) -> None:
+    rows = "unconditioned-kernel", "unconditioned-directions-kernel", "random-kernel"
+    small = replace(settings, groups=("fashion",), rows=rows)
+    assert [record["row"] for record in harness.run(small)[0]] == ["random-kernel"]
+    blank = tmp_path / "blank.safetensors"
+    PudNet("convnet3", image_size=16, width=16, generator_width=2, conditioned=False, directions=[4, 4]).save(blank)
+    found, _ = harness.run(replace(small, unconditioned=blank))
+    assert [record["row"] for record in found] == list(rows)
+    one = Bench.open(settings.checkpoint, blank)
+    PudNet("convnet3", image_size=16, width=16, generator_width=2, conditioned=False, seed=1).save(blank)
+    two = Bench.open(settings.checkpoint, blank)
+    for key in rows:
+        same = harness._identity("task", ROWS[key], one) == harness._identity("task", ROWS[key], two)
+        assert same == (key == "random-kernel")
+    PudNet("convnet3", image_size=12, width=16, generator_width=2, conditioned=False).save(blank)
+    assert Bench.open(settings.checkpoint, blank).unconditioned is None  # of another size
+
+
 def test_command_renders_resumes_and_reports_errors(
     data: Path, checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
