@@ -280,6 +280,7 @@ def _colour(row: str) -> str:
         "pca": "green",
         "random": "grey",
         "undirected": "cyan",
+        "unconditioned": "pink",
         "directions": "olive",
         "adam": "red",
         "sgd": "orange",
