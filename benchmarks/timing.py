@@ -7,6 +7,7 @@ are shared scatter all the same: what is compared between runs are ratios of nei
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import math
@@ -34,6 +35,7 @@ SECONDS = float(os.environ.get("PUDNET_BENCH_SECONDS", "1.5"))  # of timing for 
 COMPILE = os.environ.get("PUDNET_BENCH_COMPILE") == "1"  # torch.compile wherever it can run, not only where it is quick
 LEAST_ROUNDS, MOST_ROUNDS = 5, 100
 SITTINGS = 3  # at most: a row whose halves tell different ratios is timed again
+MOVES, MOVABLE = 3, 0.3  # how often a row's memory lies elsewhere, where a round takes fewer seconds than that
 WARM_UPS = 1
 NOISE = 1.1  # ratios of the same thing may differ by this factor
 COPY_BYTES = 70 << 20  # as much as ResNet-18's generation reads and writes, half each; far more than a CPU's caches
@@ -133,6 +135,13 @@ def check(found: Any, expected: Any, tolerance: float, name: str = "the result")
     return error
 
 
+def give_back_freed() -> None:
+    """Let results that come lie in other pages than those that were freed; the GNU C library only."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def peak_memory(run: Run) -> int | None:
     """Bytes that ``run`` adds to the memory in use at its highest, its result included; None where nothing tells."""
     if DEVICE.type == "cuda":
@@ -144,9 +153,8 @@ def peak_memory(run: Run) -> int | None:
     def read(name: str) -> int:
         return next(1024 * int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(name))
 
-    gc.collect()
+    give_back_freed()  # what was freed before is not to be used again
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not to be used again
         CLEAR.write_text("5")  # the highest mark starts anew
         before = read("VmRSS")
     except (OSError, AttributeError, StopIteration):
@@ -236,19 +244,22 @@ def measure(
     rate = copy.rate()
     both = seconds(candidate)[0] + seconds(reference)[0]
     rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(SECONDS / max(both, 1e-6))))
+    moves = {WARM_UPS + rounds * move // MOVES for move in range(1, MOVES)} if both < MOVABLE else ()
     references: list[float] = []
+
+    def before() -> None:
+        if len(references) in moves:
+            give_back_freed()
+            reference()
+            candidate()
+        references.append(seconds(reference)[0])
 
     def run() -> Any:
         result = candidate()
         synchronise()
         return result
 
-    benchmark.pedantic(
-        run,
-        setup=lambda: references.append(seconds(reference)[0]),
-        rounds=rounds,
-        warmup_rounds=WARM_UPS,
-    )
+    benchmark.pedantic(run, setup=before, rounds=rounds, warmup_rounds=WARM_UPS)
     if benchmark.stats is None:  # --benchmark-disable: the check was all
         return
     paired = Paired(list(benchmark.stats.stats.data), references[WARM_UPS:])

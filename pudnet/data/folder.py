@@ -85,9 +85,9 @@ class FolderSource(ImageSource):
 
     def _quick(self) -> bool:
         """Whether the files that have to be decoded take little time each, as the first ones do."""
-        left = (path for number, chunk in enumerate(self._chunks) if number not in self._cache for path, _ in chunk)
         if sum(map(len, self._chunks)) < MANY:
             return False
+        left = (path for number, chunk in enumerate(self._chunks) if number not in self._cache for path, _ in chunk)
         seconds = []
         for path in itertools.islice(left, TRIED):
             start = time.perf_counter()

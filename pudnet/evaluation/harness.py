@@ -113,7 +113,7 @@ class _Runner:
         records = []
         for key in self.settings.rows:
             row = ROWS[key]
-            if self.bench.why_not(row, task):
+            if not self.bench.can_run(row, task):
                 continue
             identity = _identity(task.fingerprint, row, self.bench)
             record = self.known.get(identity)

@@ -107,13 +107,11 @@ class Bench:
             return "" if self.unconditioned is None else str(self.unconditioned.origin["sha256"])
         return self.digest if row.uses_checkpoint else ""
 
-    def why_not(self, row: Row, task: Task) -> str:
-        """What a row lacks on a task; empty where it can run."""
-        if row.needs_familiarity and "familiarity" not in self.predictor.net.card:
-            return "a checkpoint that knows embeddings of its training's datasets"
-        if row.needs_unconditioned and self.unconditioned is None:
-            return "a checkpoint trained on blank sketches"
-        return "images of another dataset" if row.needs_other and task.other is None else ""
+    def can_run(self, row: Row, task: Task) -> bool:
+        """Whether there is everything that a row needs on a task."""
+        known = not row.needs_familiarity or "familiarity" in self.predictor.net.card
+        blank = not row.needs_unconditioned or self.unconditioned is not None
+        return known and blank and not (row.needs_other and task.other is None)
 
     @property
     def held_out(self) -> tuple[str, ...]:

@@ -124,6 +124,7 @@ def _setting(document: Mapping[str, Any]) -> list[str]:
     return [
         f"- Checkpoint: `{document['checkpoint']}` (sha256 of its weights `{document['checkpoint_sha256']}`); "
         f"seed {document['seed']}; {found['date']}",
+        *_unconditioned(document),
         f"- Hardware: {hardware}, {document['processes']} process(es) at a time",
         f"- Versions: {versions}",
         "- Accuracy: top-1 in per cent on the test images, ± standard error (over the tasks; for a single task, of the "
@@ -134,6 +135,12 @@ def _setting(document: Mapping[str, Any]) -> list[str]:
         "- Training from scratch uses the same network, images and preprocessing, with a linear classifier; each "
         "number of epochs has its own learning-rate schedule, tuned on classes that appear in no table.",
     ]
+
+
+def _unconditioned(document: Mapping[str, Any]) -> list[str]:
+    """Where the rows of the network that was trained on blank sketches come from."""
+    path, digest = document.get("unconditioned"), document.get("unconditioned_sha256")
+    return [f"- Rows *unconditioned*: `{path}` (sha256 `{digest}`)"] if digest else []
 
 
 def _caption(group: str, records: Sequence[Record], document: Mapping[str, Any]) -> list[str]:

@@ -284,7 +284,7 @@ def compare(
     found = winner(runs)
     peers = {}
     for key in settings.peers:
-        if not ROWS[key].needs_other or task.other is not None:
+        if bench.can_run(ROWS[key], task):
             peers[key] = ROWS[key].run(bench, task).to_json()
             say(f"{name}: {key} {100 * peers[key]['top1']:.1f} %, {peers[key]['seconds']['total']:.2f} s")
     return {
