@@ -14,6 +14,7 @@ from pudnet import PudNet
 from pudnet.errors import InputError
 from pudnet.evaluation import harness, tables
 from pudnet.evaluation.__main__ import _command, _parser, _settle, main
+from pudnet.evaluation.budgets import leads
 from pudnet.evaluation.rows import ROWS, Bench
 from pudnet.evaluation.tasks import GROUPS, Material, available, per_class, unseen_classes, validation_classes
 
@@ -228,6 +229,25 @@ def test_tables_state_means_and_errors_by_hand() -> None:
     page = tables.markdown(document, {})
     assert "| Adam from scratch, 20 epochs | 70.0 ± 5.8 | 50.0 |  |  | 0.500 | 2.0 |" in page
     assert "| predicted, ridge, minus Adam 20 epochs | +10.0 ± 5.8 |" in page  # differences 10, 0, 20
+
+
+def test_leads_at_every_budget_by_hand() -> None:
+    def record(row: str, number: int, *curve: tuple[float, float, float]) -> harness.Record:
+        return {"row": row, "number": number, "curve": [list(point) for point in curve]}
+
+    records = [
+        record("predicted-finetune-1", 0, (0.0, 2.0, 0.7), (1.0, 5.0, 0.8)),
+        record("predicted-finetune-1", 1, (0.0, 3.0, 0.5)),
+        record("predicted-finetune-5", 1, (0.0, 4.0, 0.5), (1.0, 6.0, 0.4)),  # the other schedule is the better one
+        record("adam-5", 0, (1.0, 1.0, 0.6), (2.0, 3.5, 0.75), (3.0, 7.0, 0.7)),
+        record("sgd-5", 0, (1.0, 8.0, 0.9)),
+        record("adam-5", 1, (1.0, 9.0, 0.6)),
+        record("adam-5", 2, (1.0, 0.5, 0.9)),  # a task that was not predicted
+        record("pixels-ridge", 0),
+    ]
+    expected = [(3.0, 0.3), (3.5, 0.225), (4.0, 0.225), (5.0, 0.275), (6.0, 0.275), (7.0, 0.3), (8.0, 0.2), (9.0, -0.1)]
+    assert leads(records) == [(seconds, pytest.approx(ahead)) for seconds, ahead in expected]
+    assert leads(records[3:]) == [] and leads([]) == []
 
 
 def test_a_group_that_cannot_be_drawn_says_why() -> None:
