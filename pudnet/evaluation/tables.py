@@ -156,8 +156,8 @@ def _setting(document: Mapping[str, Any]) -> list[str]:
         "choice of test images). *Expected*: the leave-one-out accuracy the head reports without any test image.",
         "- Seconds: *weights* for making the weights (with sketch and directions), *finish* for calibration and head, "
         "*training* for gradient steps; *total* is everything from uint8 images in memory to the finished classifier. "
-        "Means over the tasks. Finished rows are kept from run to run: on a machine that others use, seconds of different "
-        "rows may come from busier and quieter hours.",
+        "Means over the tasks. Finished rows are kept from run to run: on a machine that others use, seconds of "
+        "different rows may come from busier and quieter hours.",
         "- Training from scratch uses the same network, images and preprocessing, with a linear classifier; each "
         "number of epochs has its own learning-rate schedule, tuned on classes that appear in no table.",
     ]
