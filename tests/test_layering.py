@@ -84,7 +84,7 @@ ALLOWED = {
     "shards": {"predictor", "predicted", "stages", "heads", "serving", "sketch", "data", "errors"},
     "predictor": USERS - {"training", "evaluation", "demo"},
     "training": USERS - {"evaluation", "demo"},
-    "evaluation": USERS - {"training"},
+    "evaluation": (USERS | {"memory"}) - {"training"},
     "demo": USERS - {"training"},
     "report": USERS - {"training", "demo"},
     "info": OPS,
