@@ -7,7 +7,6 @@ are shared scatter all the same: what is compared between runs are ratios of nei
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import math
@@ -135,11 +134,14 @@ def check(found: Any, expected: Any, tolerance: float, name: str = "the result")
     return error
 
 
-def give_back_freed() -> None:
-    """Let results that come lie in other pages than those that were freed; the GNU C library only."""
+def give_back_freed() -> bool:
+    """Let results that come lie in other pages than those that were freed; False where the C library cannot."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError, TypeError):
+    try:
         ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):  # TypeError: no such thing on Windows
+        return False
+    return True
 
 
 def peak_memory(run: Run) -> int | None:
@@ -153,7 +155,8 @@ def peak_memory(run: Run) -> int | None:
     def read(name: str) -> int:
         return next(1024 * int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(name))
 
-    give_back_freed()  # what was freed before is not to be used again
+    if not give_back_freed():  # what was freed before is not to be used again
+        return None
     try:
         CLEAR.write_text("5")  # the highest mark starts anew
         before = read("VmRSS")
@@ -244,7 +247,8 @@ def measure(
     rate = copy.rate()
     both = seconds(candidate)[0] + seconds(reference)[0]
     rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(SECONDS / max(both, 1e-6))))
-    moves = {WARM_UPS + rounds * move // MOVES for move in range(1, MOVES)} if both < MOVABLE else ()
+    movable = DEVICE.type == "cpu" and both < MOVABLE
+    moves = {WARM_UPS + rounds * move // MOVES for move in range(1, MOVES)} if movable else ()
     references: list[float] = []
 
     def before() -> None:

@@ -223,15 +223,18 @@ def _predicted_from_mean(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
 
 def _undirected(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
     """Generated weights alone, also where the checkpoint was trained with directions in their place."""
-    with torch.no_grad():
-        return bench.predictor.net.materialise(bench.predictor.net.generate(sketch))
+    return _generated(bench.predictor, sketch)
 
 
 def _unconditioned(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
     """Weights that are the same for every dataset, learned in the same way."""
     assert bench.unconditioned is not None  # rows that need one are left out without
+    return _generated(bench.unconditioned, sketch)
+
+
+def _generated(predictor: Predictor, sketch: Sketch) -> nn.Module:
     with torch.no_grad():
-        return bench.unconditioned.net.materialise(bench.unconditioned.net.generate(sketch))
+        return predictor.net.materialise(predictor.net.generate(sketch))
 
 
 def _unconditioned_with_directions(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:

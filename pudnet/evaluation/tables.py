@@ -69,8 +69,7 @@ def markdown(document: Mapping[str, Any], pictures: Mapping[str, str]) -> str:
     lines = ["# Results", "", f"Made by `{document['command']}`; do not edit.", "", *_setting(document), ""]
     lines += [*_overview(records, document), ""]
     lines += [*_budget_table(records, document), ""]
-    for group in _groups(records):
-        chosen = [record for record in records if record["group"] == group]
+    for group, chosen in _groups(records).items():
         lines += [f"## {_title(group, document)}", "", *_caption(group, chosen, document), ""]
         lines += [*_accuracy_table(chosen), ""]
         lines += [*_difference_table(chosen), ""]
@@ -93,11 +92,8 @@ def _overview(records: Sequence[Record], document: Mapping[str, Any]) -> list[st
         "| --- |" + " ---: |" * len(OVERVIEW),
     ]
     columns: list[list[float]] = [[] for _ in OVERVIEW]
-    for group in _groups(records):
-        tops = {
-            key: {record["number"]: record["top1"] for record in chosen}
-            for key, chosen in _rows([record for record in records if record["group"] == group])
-        }
+    for group, members in _groups(records).items():
+        tops = {key: {record["number"]: record["top1"] for record in chosen} for key, chosen in _rows(members)}
         cells = []
         for (_, plus, minus), column in zip(OVERVIEW, columns, strict=True):
             if plus not in tops or (minus is not None and minus not in tops):
@@ -127,8 +123,7 @@ def _budget_table(records: Sequence[Record], document: Mapping[str, Any]) -> lis
         "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     always = 0
-    groups = {group: leads([record for record in records if record["group"] == group]) for group in _groups(records)}
-    found = {group: chosen for group, chosen in groups.items() if chosen}
+    found = {group: chosen for group, members in _groups(records).items() if (chosen := leads(members))}
     for group, chosen in found.items():
         least = min(chosen, key=lambda lead: lead.ahead)
         always += least.ahead >= 0
@@ -228,8 +223,9 @@ def _title(group: str, document: Mapping[str, Any]) -> str:
     return GROUPS[group].title.format(ways=document["ways"])
 
 
-def _groups(records: Sequence[Record]) -> list[str]:
-    return [key for key in GROUPS if any(record["group"] == key for record in records)]
+def _groups(records: Sequence[Record]) -> dict[str, list[Record]]:
+    found = {key: [record for record in records if record["group"] == key] for key in GROUPS}
+    return {key: chosen for key, chosen in found.items() if chosen}
 
 
 def _rows(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
@@ -268,8 +264,8 @@ def _draw_bars(document: Mapping[str, Any]) -> Any:
     records = document["records"]
     groups = _groups(records)
     figure, axes = _panels(len(groups), 2.4, 3.6)
-    for axis, group in zip(axes, groups, strict=True):
-        rows = _rows([record for record in records if record["group"] == group])
+    for axis, (group, members) in zip(axes, groups.items(), strict=True):
+        rows = _rows(members)
         means, errors = zip(*(_accuracy(chosen) for _, chosen in rows), strict=True)
         places = range(len(rows))
         colours = [_colour(key) for key, _ in rows]
@@ -285,8 +281,8 @@ def _draw_seconds(document: Mapping[str, Any]) -> Any:
     records = document["records"]
     groups = _groups(records)
     figure, axes = _panels(len(groups), 2.8, 2.8)
-    for axis, group in zip(axes, groups, strict=True):
-        rows = dict(_rows([record for record in records if record["group"] == group]))
+    for axis, (group, members) in zip(axes, groups.items(), strict=True):
+        rows = dict(_rows(members))
         for key in (key for key in CURVES if key in rows):
             curves = [record["curve"] for record in rows[key]]
             points = list(zip(*curves, strict=True))  # the same epoch of all tasks
