@@ -32,12 +32,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    usual = measure.Settings(Path("pudnet/pretrained/ghn2-fashion.toml"))
+    usual = measure.Settings(Path("checkpoints/ghn2-fashion-second.toml"))
     parser = argparse.ArgumentParser(
         prog="python -m pudnet.evaluation.architectures",
         description="Accuracy of predicted parameters on networks no GHN has seen; finished ones are kept in --json.",
     )
-    parser.add_argument("--recipe", type=Path, default=usual.recipe, help="the GHNs' training recipe (%(default)s)")
+    parser.add_argument(
+        "--recipe",
+        type=Path,
+        default=usual.recipe,
+        help="a recipe of the GHNs' training, with the limits of the networks (%(default)s)",
+    )
     parser.add_argument("--images", type=Path, help="the image set, where it is not at the recipe's path")
     parser.add_argument("--ghn2", default="ghn2-fashion", help="bundled name or path (%(default)s)")
     for method in ("ghn1", "mlp"):

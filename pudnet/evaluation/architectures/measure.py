@@ -70,7 +70,7 @@ class Settings:
     """One evaluation.
 
     Attributes:
-        recipe: TOML file that the GHNs were trained with: image set, normalisation, limits of the networks.
+        recipe: TOML file of a training of the GHNs: image set, normalisation, limits of the networks.
         images: the image set, in place of the recipe's.
         checkpoints: of each GHN, by method.
         splits, methods: of ``SPLITS`` and ``METHODS``.

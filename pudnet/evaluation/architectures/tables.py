@@ -90,8 +90,8 @@ def _setting(document: Mapping[str, Any]) -> list[str]:
         "which no training and no tuning reads. BatchNorm on the statistics of the batch for every row, "
         f"{document['batch']} images in each.",
         f"- Networks: seed {document['seed']}, number 0 and up of each split; initial channels {widths} (four "
-        f"times as many in wide), stem types {stems}, and the limits of the table: those of training "
-        f"(`{document['recipe']}`), or where the split cannot obey them, the smallest that it can.",
+        f"times as many in wide), stem types {stems}, and the limits of the table: those of "
+        f"`{document['recipe']}`, or where the split cannot obey them, the smallest that it can.",
     ]
     if document["rates"]:
         lines.append(
