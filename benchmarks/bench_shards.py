@@ -25,7 +25,7 @@ from timing import RESULTS, file_name, machine
 
 import pudnet
 from pudnet.data import open_images
-from pudnet.features import feature_maps, pool_features
+from pudnet.features import Reading
 from pudnet.files import atomic_path
 from pudnet.heads import RidgeAccumulator
 from pudnet.targets import build_target
@@ -79,10 +79,10 @@ def features(target: str, count: int, batch: int) -> tuple[float, dict[str, int]
     network = network.eval().to(memory_format=torch.channels_last)
     images = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
     widths = {
-        "ridge": pool_features(feature_maps(network, images[:2])).shape[1],
-        "ridge-last": pool_features(feature_maps(network, images[:2]), "last").shape[1],
+        "ridge": Reading()(network, images[:2]).shape[1],
+        "ridge-last": Reading("last")(network, images[:2]).shape[1],
     }
-    seconds = best(lambda: [pool_features(feature_maps(network, images)) for _ in range(count // batch)])
+    seconds = best(lambda: [Reading()(network, images) for _ in range(count // batch)])
     return count / seconds, widths
 
 

@@ -157,9 +157,13 @@ def predict(
         bool,
         typer.Option("--growable", help="Keep what `pudnet add` needs; a larger file. The head auto is ridge then."),
     ] = False,
-    mirror: Annotated[
-        bool | None,
-        typer.Option(help="Read images in their mirror images too: twice as slow; by default where it helps."),
+    views: Annotated[
+        str | None,
+        typer.Option(
+            help="Copies every image is read in: single, mirrored (twice as slow) or shifted (five times); "
+            "by default what clearly helps.",
+            show_default=False,
+        ),
     ] = None,
     page: Annotated[
         Path | None,
@@ -182,7 +186,7 @@ def predict(
         predictor = Predictor.from_pretrained(checkpoint, device=_device(device))
         model = predictor.predict(
             data, head=head, batchnorm=batchnorm, sketch_size=sketch_size, split=split, seed=seed, growable=growable,
-            mirror=mirror,
+            views=views,
         )  # fmt: skip
         model.save(claimed)
     if page is not None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 INPUT, OUTPUTS = "images", ("logits", "probabilities")
 KEY = checkpoint.HEADER_KEY
 PT2_MEMBER = f"{KEY}.json"
-TOLERANCE = 1e-4  # of onnxruntime's outputs, in units of the largest logit where that exceeds 1
+TOLERANCE = 1e-3  # of onnxruntime's outputs, in units of the largest logit above 1; rounding makes up to 2e-4
 CHECKED = (1, 2, 5)  # numbers of images onnxruntime is tried with
 
 
@@ -134,7 +134,7 @@ def _require_onnx() -> None:
 def _onnx(program: ExportedProgram, deployed: Deployed, header: str, path: Path) -> None:
     import onnxruntime
 
-    # Not optimised: the optimiser takes the 1e-8 under the roots of `pool_features` for zero, and outputs become NaN
+    # Not optimised: the optimiser takes the 1e-8 under the roots of `Reading` for zero, and outputs become NaN
     # (onnxscript 0.7.2). onnxruntime optimises for itself.
     exported = torch.onnx.export(
         program,

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ Layers = Literal["all", "last"]
 
 # At most this many features per map, so that a head over many layers stays small.
 MAX_FEATURES_PER_MAP = 1024
+# Maps, spread over the layers, and channels of each whose covariances are read: 2016 for each map at most.
+COVARIANCE_MAPS, COVARIANCE_CHANNELS = 3, 64
 TINY = 1e-8  # keeps the gradient of a square root finite at 0
 
 _CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
@@ -85,61 +88,126 @@ def _tap(module: nn.Module, x: Tensor) -> list[Tensor]:
     return [maps[call] for call in sorted(maps)]
 
 
-def pool_features(maps: Sequence[Tensor], layers: Layers = "all", *, spread: bool = True) -> Tensor:
-    """Pool maps to one vector per image: statistics of each map, L2-normalised, side by side.
+class View(NamedTuple):
+    """A copy of an image: moved down and to the right, in 32nds of its sides, its border repeated; then mirrored."""
+
+    down: int = 0
+    right: int = 0
+    mirrored: bool = False
+
+    def of(self, x: Tensor) -> Tensor:
+        """The copies of images ``[n, C, H, W]``, each moved by a pixel at least where it is moved at all."""
+        for dim, steps in ((2, self.down), (3, self.right)):
+            if steps:
+                side = x.shape[dim]
+                places = torch.arange(side, device=x.device) - steps * max(1, round(side / 32))
+                x = x.index_select(dim, places.clamp(0, side - 1))
+        return x.flip(-1) if self.mirrored else x
+
+
+# In how many copies an image is read, by name.
+VIEWS: dict[str, tuple[View, ...]] = {
+    "single": (View(),),
+    "mirrored": (View(), View(mirrored=True)),
+    "shifted": (View(), View(down=1, right=1), View(down=-1, right=-1)),
+}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read of feature maps: statistics of each map, each L2-normalised, side by side.
 
     Each map gives its averages over a g x g grid, g the largest of 4, 2, 1 that gives at most 1024 features and is no
-    larger than the map. With ``spread``, what the kernel and ridge heads read, the averages' signed square roots are
-    taken (a few strong responses no longer drown the rest), and each channel's standard deviation over the map joins
-    them: on the validation classes the two are worth 2 to 3 points, most of it the deviation. Vectors ``[n, F]`` are
-    only normalised. Traceable by ``torch.export`` with a dynamic n.
+    larger than the map. Vectors ``[n, F]`` are only normalised.
 
-    Args:
-        maps: ``[n, C, h, w]`` or ``[n, F]`` each.
+    Attributes:
         layers: ``"all"`` maps, or the ``"last"`` one.
-        spread: False for the averages alone, as they are: what the papers' cosine classifier compares.
-
-    Returns:
-        ``[n, F]``.
-
-    Raises:
-        InputError: no maps, or ``layers`` is neither.
-        ShapeError: a map is neither 4-D nor 2-D.
+        spread: what the kernel and ridge heads read: the averages' signed square roots (a few strong responses no
+            longer drown the rest), and each channel's standard deviation over the map. On the validation classes the
+            two are worth 2 to 3 points, most of it the deviation. False for the averages alone, as they are: what the
+            papers' cosine classifier compares.
+        covariances: what the kernel head reads besides: the signed square roots of the covariances, over the map, of
+            any two of its channels (at most 64, spread over all), of three layers at most. Where they are estimated
+            from few places they count less: places / (places + channels). On the validation classes and families they
+            are worth 1 to 4 points.
     """
-    if layers not in ("all", "last"):
-        raise InputError(message("pool_features", "layers", "'all' or 'last'", repr(layers)))
-    if not maps:
-        raise InputError(message("pool_features", "maps", "at least one feature map", "none"))
-    read = maps if layers == "all" else maps[-1:]
-    statistics = [one for feature_map in read for one in _statistics(feature_map, spread)]
-    return torch.cat([F.normalize(one, dim=1) for one in statistics], dim=1)
+
+    layers: Layers = "all"
+    spread: bool = True
+    covariances: bool = False
+
+    def __post_init__(self) -> None:
+        if self.layers not in ("all", "last"):
+            raise InputError(message("Reading", "layers", "'all' or 'last'", repr(self.layers)))
+
+    def __call__(self, module: nn.Module, x: Tensor, views: str = "single") -> Tensor:
+        """Images -> features, one of ``VIEWS`` at a time.
+
+        Args:
+            module: see ``feature_maps``.
+            x: ``[n, 3, H, W]``.
+            views: the statistics are averaged over these copies of each image, before they are normalised.
+
+        Returns:
+            ``[n, F]``.
+        """
+        parts: list[_Part] = []
+        for view in VIEWS[views]:
+            seen = view.of(x).contiguous(memory_format=torch.channels_last)
+            found = self._parts(feature_maps(module, seen))
+            parts = [a.plus(b) for a, b in zip(parts, found, strict=True)] if parts else found
+        return _joined(parts)
+
+    def pool(self, maps: Sequence[Tensor]) -> Tensor:
+        """The features of images that were seen once. Traceable by ``torch.export`` with a dynamic n.
+
+        Args:
+            maps: ``[n, C, h, w]`` or ``[n, F]`` each.
+
+        Returns:
+            ``[n, F]``.
+
+        Raises:
+            InputError: no maps.
+            ShapeError: a map is neither 4-D nor 2-D.
+        """
+        if not maps:
+            raise InputError(message("Reading.pool", "maps", "at least one feature map", "none"))
+        return _joined(self._parts(maps))
+
+    def _parts(self, maps: Sequence[Tensor]) -> list[_Part]:
+        read = maps if self.layers == "all" else maps[-1:]
+        last = len(read) - 1
+        paired = {round(i * last / (COVARIANCE_MAPS - 1)) for i in range(COVARIANCE_MAPS)} if self.covariances else ()
+        parts = []
+        for number, one in enumerate(read):
+            means = _means(one)
+            if not self.spread or one.dim() != 4:
+                parts.append(_Part(means))
+                continue
+            parts += [_Part(_root(means)), *_second_moments(one, number in paired)]
+        return parts
 
 
-def mirrored_maps(module: nn.Module, x: Tensor) -> list[Tensor]:
-    """What the kernel and ridge heads read of images where left and right mean nothing; in place of ``feature_maps``.
+class _Part(NamedTuple):
+    """Some of an image's features ``[n, f]``, and how much they count."""
 
-    Returns:
-        The statistics of every layer's map as ``pool_features`` takes them, before their normalisation, averaged over
-        each image and its mirror image: vectors ``[n, F]``.
-    """
-    straight, turned = (feature_maps(module, images) for images in (x, x.flip(-1)))
-    both = ((_statistics(one, True), _statistics(other, True)) for one, other in zip(straight, turned, strict=True))
-    return [(a + b) / 2 for pair in both for a, b in zip(*pair, strict=True)]
+    values: Tensor
+    weight: float = 1.0
+
+    def plus(self, other: _Part) -> _Part:
+        return _Part(self.values + other.values, self.weight)
 
 
-def maps_reader(mirrored: bool) -> Callable[[nn.Module, Tensor], list[Tensor]]:
-    """``mirrored_maps`` or ``feature_maps``."""
-    return mirrored_maps if mirrored else feature_maps
-
-
-def _statistics(feature_map: Tensor, spread: bool) -> list[Tensor]:
-    """What is told of one map: ``[n, C * g * g]``, and with ``spread`` ``[n, C]``."""
-    means = _means(feature_map)
-    return [_root(means), _deviations(feature_map)] if spread and feature_map.dim() == 4 else [means]
+def _joined(parts: Sequence[_Part]) -> Tensor:
+    units = (
+        F.normalize(values, dim=1) if weight == 1 else weight * F.normalize(values, dim=1) for values, weight in parts
+    )
+    return torch.cat(list(units), dim=1)
 
 
 def last_features(maps: Sequence[Tensor]) -> Tensor:
-    """Averages of the last map over the grid that ``pool_features`` uses, as they are: ``[n, F]``."""
+    """Averages of the last map over the grid that a ``Reading`` uses, as they are: ``[n, F]``."""
     return _means(maps[-1])
 
 
@@ -147,7 +215,7 @@ def _means(feature_map: Tensor) -> Tensor:
     if feature_map.dim() == 2:
         return feature_map
     if feature_map.dim() != 4:
-        raise ShapeError(message("pool_features", "maps", "[n, C, h, w] or [n, F] each", list(feature_map.shape)))
+        raise ShapeError(message("Reading.pool", "maps", "[n, C, h, w] or [n, F] each", list(feature_map.shape)))
     channels, height, width = feature_map.shape[1:]
     fits = [g for g in (4, 2) if channels * g * g <= MAX_FEATURES_PER_MAP and g <= min(height, width)]
     g = fits[0] if fits else 1
@@ -158,10 +226,26 @@ def _means(feature_map: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(feature_map, g).flatten(1)
 
 
-def _deviations(feature_map: Tensor) -> Tensor:
-    """Standard deviation of each channel over its map: ``[n, C, h, w] -> [n, C]``."""
-    centred = feature_map - feature_map.mean(dim=(2, 3), keepdim=True)
-    return _root(centred.square().mean(dim=(2, 3)))
+def _second_moments(feature_map: Tensor, paired: bool) -> list[_Part]:
+    """Of ``[n, C, h, w]`` over the map: standard deviations of the channels ``[n, C]``; with ``paired`` also the
+    covariances of any two of them, of 64 at most, ``[n, C (C - 1) / 2]``.
+    """
+    n, channels, height, width = feature_map.shape
+    places = height * width
+    seen = feature_map.permute(0, 2, 3, 1).reshape(n, places, channels)  # as it lies in memory
+    centred = seen - seen.mean(dim=1, keepdim=True)
+    used = min(channels, COVARIANCE_CHANNELS)
+    if not paired or used < 2:
+        return [_Part(_root(centred.square().mean(dim=1)))]
+    variances = None if used == channels else centred.square().mean(dim=1)
+    if used < channels:
+        centred = centred.index_select(2, torch.arange(used, device=seen.device) * channels // used)
+    covariances = centred.transpose(1, 2) @ centred / places  # [n, used, used]
+    if variances is None:
+        variances = covariances.diagonal(dim1=1, dim2=2)
+    row, column = torch.triu_indices(used, used, 1, device=seen.device)
+    pairs = covariances.flatten(1).index_select(1, row * used + column)
+    return [_Part(_root(variances)), _Part(_root(pairs), places / (places + used))]
 
 
 def _root(x: Tensor) -> Tensor:

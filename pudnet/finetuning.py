@@ -42,7 +42,7 @@ from pudnet.descent import (
     native_bfloat16,
 )
 from pudnet.errors import CheckpointError, InputError, message, one_line
-from pudnet.features import maps_reader, pool_features
+from pudnet.features import Reading
 from pudnet.heads import KERNEL_ROWS, Head, HeadFitter
 from pudnet.predicted import PredictedModel
 from pudnet.serving import Token, check
@@ -175,18 +175,21 @@ class Settings:
 
 
 class _Tunable(nn.Module):
-    """Network and a linear head under gradients; the logits are at first those of network and head as they come."""
+    """Network and a linear head under gradients; the logits are at first those of network and head as they come.
 
-    def __init__(self, network: nn.Module, head: Head, mirrored: bool) -> None:
+    But shifted copies are not read as well: training moves images at random as it is.
+    """
+
+    def __init__(self, network: nn.Module, head: Head, views: str) -> None:
         super().__init__()
-        self.read = maps_reader(mirrored)
+        self.views = "single" if views == "shifted" else views
         self.network = copy.deepcopy(network).requires_grad_(True)
-        self.layers, self.spread = head.layers, head.spread
+        self.reading = head.reading
         scaled = {name: tensor * head.temperature for name, tensor in head.state.items() if name != "temperature"}
         self.head = nn.ParameterDict(scaled)  # weight [K, F], bias [K]
 
     def forward(self, x: Tensor) -> Tensor:
-        features = pool_features(self.read(self.network, x), self.layers, spread=self.spread)
+        features = self.reading(self.network, x, self.views)
         weight = self.head["weight"]
         return F.linear(features.to(weight.dtype), weight, getattr(self.head, "bias", None))
 
@@ -196,7 +199,7 @@ class _Tuning:
 
     def __init__(self, model: PredictedModel, source: ImageSource, test: Any, settings: Settings) -> None:
         load_optimisers()
-        self.model, self.settings, self.read = model, settings, maps_reader(model.mirrored)
+        self.model, self.settings = model, settings
         device = next(model.network.parameters()).device
         self.clock = Clock(device)
         images, labels = source.tensors()
@@ -216,7 +219,7 @@ class _Tuning:
         linear = head
         if head.name == "kernel":
             linear = self._fitted(model.network, self.trained, "ridge").fit()
-        self.tunable = _Tunable(model.network, linear, model.mirrored)
+        self.tunable = _Tunable(model.network, linear, model.views)
         recipe = Recipe(settings.epochs, settings.batch_size, settings.flip, settings.shift, settings.seed)
         self.run = Run(self.tunable, self._optimiser(), *used, model.preprocess, recipe)
         self.kept = 0  # the epoch whose network is the best
@@ -289,7 +292,7 @@ class _Tuning:
             self.finished = PredictedModel(
                 self.network, fitter.fit(), self.model.preprocess, self.model.classes,
                 batchnorm=self.model.batchnorm, target_name=self.model.target_name,
-                fitter=None if self.model.fitter is None else fitter, mirrored=self.model.mirrored,
+                fitter=None if self.model.fitter is None else fitter, views=self.model.views,
             )  # fmt: skip
         return self.finished
 
@@ -300,7 +303,7 @@ class _Tuning:
         network = copy.deepcopy(done.network) if done.network is self.model.network else done.network
         tuned = PredictedModel(
             network, done.head, done.preprocess, done.classes,
-            batchnorm=done.batchnorm, target_name=done.target_name, fitter=done.fitter, mirrored=done.mirrored,
+            batchnorm=done.batchnorm, target_name=done.target_name, fitter=done.fitter, views=done.views,
         )  # fmt: skip
         tuned.report = self._report(tuned, source)
         return tuned
@@ -340,18 +343,22 @@ class _Tuning:
     def _fitted(self, network: nn.Module, rows: Tensor, name: str | None = None) -> HeadFitter:
         """What a head remembers of these images; by default the one that the result gets."""
         fitter = HeadFitter(name or self.head_name, len(self.model.classes), seed=self.settings.seed)
-        fitter.add((self.read(network, self._prepared(part)), self.labels[part]) for part in rows.split(FIT_BATCH))
+        parts = rows.split(FIT_BATCH)
+        fitter.add((self._read(network, part, fitter.reading), self.labels[part]) for part in parts)
         return fitter
 
     @torch.no_grad()
     def _right(self, network: nn.Module, head: Head) -> Tensor:
         """Which of the images that are held out are classified right: bool ``[m]``."""
         found = [
-            head(self.read(network, self._prepared(part))).argmax(1) == self.labels[part]
+            head.logits(self._read(network, part, head.reading)).argmax(1) == self.labels[part]
             for part in self.held.split(FIT_BATCH)
             if len(part)
         ]
         return torch.cat(found) if found else torch.zeros(0, dtype=torch.bool)
+
+    def _read(self, network: nn.Module, rows: Tensor, reading: Reading) -> Tensor:
+        return reading(network, self._prepared(rows), self.model.views)
 
     def _prepared(self, rows: Tensor) -> Tensor:
         return channels_last(self.model.preprocess.normalise(self.images[rows]))

@@ -16,8 +16,8 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError, message, one_line
-from pudnet.features import Layers, pool_features
+from pudnet.features import Reading
 
-Batch = tuple[Sequence[Tensor] | Tensor, Tensor]  # feature maps or what Head.pool made of them, labels [b]
+Batch = tuple[Sequence[Tensor] | Tensor, Tensor]  # feature maps or what Head.reading made of them, labels [b]
 
 # Released PudNet's initial temperature; kept where nothing can be left out to measure a better one.
 INITIAL_TEMPERATURE = 10.0
@@ -36,7 +36,7 @@ INITIAL_TEMPERATURE = 10.0
 LOO_ROWS = 2048
 # Images that the kernel head takes at most: its cost grows with their cube, and it keeps their features.
 KERNEL_ROWS = 5120
-KERNEL_VALUES = 2**24  # of all their features, where it is the choice: 32 MB in a file
+KERNEL_VALUES = 2**26  # of all their features, where it is the choice: 128 MB in a file
 # Width of its kernel, in units of the images' mean squared distance: on the validation classes and families 2 to 4 are
 # equally good, less does worse with directions, and much more is the linear head.
 KERNEL_WIDTH = 4.0
@@ -60,10 +60,10 @@ class Head(nn.Module):
         expected_accuracy: leave-one-out accuracy, 0 to 1.
         info: how it was fitted (JSON-able): ``images``, ``features``, ``loo_images``, ``temperature``, ``loo_nll``,
             ``single_image_classes``; for ridge also ``lambda``, ``lambda_relative``, ``loo_squared_error``, ``form``.
+        reading: what it reads of feature maps; of the class, what one that is yet to be fitted reads.
     """
 
-    layers: ClassVar[Layers] = "all"
-    spread: ClassVar[bool] = True
+    reading: Reading = Reading()
     weight: Tensor  # [K, F]
     temperature: Tensor  # []
 
@@ -96,16 +96,16 @@ class Head(nn.Module):
             "features": self.info["features"],
             "expected_accuracy": self.expected_accuracy,
             "info": dict(self.info),
+            "reading": asdict(self.reading),
         }
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Feature maps ``[n, C, h, w]`` or ``[n, F]`` each -> logits ``[n, K]``."""
-        return self.temperature * self.scores(self.pool(maps).to(self.weight.dtype))
+        return self.logits(self.reading.pool(maps))
 
-    @classmethod
-    def pool(cls, maps: Sequence[Tensor]) -> Tensor:
-        """Feature maps -> the features ``[n, F]`` that heads of this kind read."""
-        return pool_features(maps, cls.layers, spread=cls.spread)
+    def logits(self, features: Tensor) -> Tensor:
+        """What ``reading`` gives, ``[n, F]`` -> logits ``[n, K]``."""
+        return self.temperature * self.scores(features.to(self.weight.dtype))
 
     def scores(self, features: Tensor) -> Tensor:
         """Pooled features ``[n, F]`` -> scores before calibration ``[n, K]``."""
@@ -115,8 +115,7 @@ class Head(nn.Module):
 class CosineHead(Head):
     """Cosine of the last layer's features with each class mean (the papers' head); ``weight`` holds the unit means."""
 
-    layers: ClassVar[Layers] = "last"
-    spread: ClassVar[bool] = False
+    reading = Reading("last", spread=False)
 
     def scores(self, features: Tensor) -> Tensor:
         return F.linear(features, self.weight)
@@ -138,7 +137,7 @@ class RidgeHead(Head):
 class RidgeLastHead(RidgeHead):
     """Ridge regression of one-hot targets on the features of the last layer."""
 
-    layers: ClassVar[Layers] = "last"
+    reading = Reading("last")
 
 
 class KernelHead(Head):
@@ -148,6 +147,7 @@ class KernelHead(Head):
     the features of its images, in half precision in a file, and reading them takes n F multiplications for each image.
     """
 
+    reading = Reading(covariances=True)
     centre: Tensor  # [F], mean of the images' features
     rows: Tensor  # [n, F], less that
     norms: Tensor  # [n], their squared norms
@@ -175,6 +175,15 @@ class KernelHead(Head):
 def _squared_distances(a: Tensor, b: Tensor, b_norms: Tensor) -> Tensor:
     """Between every row of ``a [n, F]`` and of ``b [m, F]``, whose squared norms are ``b_norms [m]``: ``[n, m]``."""
     return torch.addmm(a.square().sum(1)[:, None] + b_norms, a, b.T, alpha=-2).clamp_min(0)
+
+
+def _own_distances(x: Tensor, norms: Tensor) -> Tensor:
+    """``_squared_distances`` between the rows of ``x [n, F]``: half the work, as they are symmetric."""
+    found = x.new_empty(len(x), len(x))
+    for i, j in _row_blocks(len(x)):
+        found[i:j, :j] = _squared_distances(x[i:j], x[:j], norms[:j])
+        found[:i, i:j] = found[i:j, :i].T
+    return found
 
 
 HEADS: dict[str, type[Head]] = {
@@ -207,6 +216,7 @@ class HeadFitter:
         if loo_rows < 2:
             raise InputError(message("fit_head", "loo_rows", "at least 2", loo_rows))
         self.name, self.num_classes, self.seed, self.loo_rows = name, num_classes, seed, loo_rows
+        self.reading = HEADS[name].reading
         self._sample: _Reservoir | None = None
         self._whole: ClassSums | None = None  # of the ridge heads: once there are more images than are kept
 
@@ -216,14 +226,14 @@ class HeadFitter:
     def add(self, batches: Iterable[Batch]) -> None:
         """Add images: (feature maps, integer labels ``[b]``), in any order and batches of any size; read once.
 
-        In place of maps may be what :meth:`Head.pool` made of them, ``[b, F]``.
+        In place of maps may be what ``Head.reading`` made of them, ``[b, F]``.
 
         Raises:
             InputError: a label outside 0..K-1, features that are not finite, too many images for the kernel head.
             ShapeError, DtypeError: labels or maps of a wrong shape or type.
         """
         width = None if self._sample is None else self._sample.width
-        for features, labels in _pooled_chunks(batches, HEADS[self.name], self.num_classes, width):
+        for features, labels in _pooled_chunks(batches, self.reading, self.num_classes, width):
             if self._sample is None:
                 self._sample = _Reservoir(self._capacity(features.shape[1]), self.seed)
                 if self.name == "cosine":
@@ -313,7 +323,9 @@ class HeadFitter:
                 self._whole = _accumulate(self._sample, x.shape[1], self.num_classes, x.device)
             assert self._whole is None or isinstance(self._whole, RidgeAccumulator)
             fitted = _fit_ridge(self._whole, x, y, self.num_classes, self.seed, self.loo_rows)
-        return _calibrated(self.name, fitted)
+        head = _calibrated(self.name, fitted)
+        head.reading = self.reading
+        return head
 
     @property
     def device(self) -> torch.device:
@@ -338,7 +350,8 @@ class HeadFitter:
         if self._sample is None:
             raise InputError(message("HeadFitter.state", "images", "added before saving", "none"))
         x, y = self._sample.rows()
-        config = {"seed": self.seed, "loo_rows": self.loo_rows, "seen": self._sample.seen}
+        config: dict[str, Any] = {"seed": self.seed, "loo_rows": self.loo_rows, "seen": self._sample.seen}
+        config["reading"] = asdict(self.reading)
         tensors = {"rows": x, "labels": y, "random": self._sample.random}
         tensors |= vars(self._whole) if self._whole is not None else {}
         return config, {name: tensor.clone() for name, tensor in tensors.items()}
@@ -353,6 +366,7 @@ class HeadFitter:
         where = "HeadFitter.from_state"
         try:
             fitter = cls(name, num_classes, seed=config["seed"], loo_rows=config["loo_rows"])
+            fitter.reading = _reading_from(config, fitter.reading)
             rows, labels = tensors["rows"], tensors["labels"]
             m, width = rows.shape
             kind = ClassSums if name == "cosine" else RidgeAccumulator
@@ -433,7 +447,18 @@ def head_from_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     got = {key: list(tensor.shape) for key, tensor in tensors.items()}
     if got != shapes:
         raise CheckpointError(message(where, "tensors", f"of the shapes {shapes}", got))
-    return head(config["name"], tensors, config["expected_accuracy"], dict(config["info"]))
+    made = head(config["name"], tensors, config["expected_accuracy"], dict(config["info"]))
+    made.reading = _reading_from(config, head.reading)
+    return made
+
+
+def _reading_from(config: Mapping[str, Any], usual: Reading) -> Reading:
+    """What a head or fitter reads; ``usual`` without covariances in files of before it was stored."""
+    found = config.get("reading", asdict(replace(usual, covariances=False)))
+    try:
+        return Reading(**found)
+    except (InputError, TypeError) as error:
+        raise CheckpointError(message("head_from_config", "reading", "one of this version", repr(found))) from error
 
 
 @dataclass
@@ -452,7 +477,7 @@ class _Fit:
 
 
 def _pooled_chunks(
-    batches: Iterable[Batch], head: type[Head], num_classes: int, width: int | None
+    batches: Iterable[Batch], reading: Reading, num_classes: int, width: int | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Checked batches, pooled to float32 features [c, F] and labels [c], joined to chunks of CHUNK_ROWS or more.
 
@@ -461,7 +486,7 @@ def _pooled_chunks(
     pending: list[tuple[Tensor, Tensor]] = []
     rows = 0
     for maps, labels in batches:
-        features = (maps if isinstance(maps, Tensor) else head.pool(maps)).to(torch.float32)
+        features = (maps if isinstance(maps, Tensor) else reading.pool(maps)).to(torch.float32)
         _check_rows("fit_head", features, labels, num_classes)
         width = width or features.shape[1]
         if features.shape[1] != width:
@@ -767,7 +792,7 @@ def _fit_kernel(x: Tensor, y: Tensor, num_classes: int) -> _Fit:
     norms = x.square().sum(1)
     if not math.isfinite(norms.sum(dtype=torch.float64).item()):
         raise InputError(message("fit_head", "features", "of a size below 65,504 for the kernel head", "others", SCALE))
-    kernel = _squared_distances(x, x, norms)  # [n, n], at first of distances
+    kernel = _own_distances(x, norms)  # [n, n], at first of distances
     unit = kernel.mean(dtype=torch.float64).item()
     rate = 1 / (KERNEL_WIDTH * unit) if unit > 0 else 1.0
     kernel.mul_(-rate).exp_()

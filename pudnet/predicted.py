@@ -9,7 +9,6 @@ import copy
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple, Unpack
 
 import torch
@@ -21,7 +20,7 @@ from pudnet.batchnorm import BATCH_SIZE, POLICIES, set_policy
 from pudnet.checkpoint import HubOptions
 from pudnet.data import ImageSource, Preprocess, open_images
 from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError, message, one_line
-from pudnet.features import feature_maps, maps_reader
+from pudnet.features import VIEWS, Reading, feature_maps
 from pudnet.heads import HEADS, Head, HeadFitter, choose_head, fit_head, head_from_config
 from pudnet.serving import Halves, Token, is_out_of_memory
 from pudnet.sketch import Sketch
@@ -30,10 +29,10 @@ from pudnet.targets import build_target
 
 BATCH = 256
 CPU_BATCH = 32  # activations that stay in the cache: half the time of batches of 256 (convnet3)
-MIRROR_TRIAL = 300  # images on which mirroring is tried
-MIRROR_GAIN = 0.01  # by how much it must lower the squared error, as every answer then takes twice as long
+VIEWS_TRIAL = 300  # images on which views are tried
+VIEW_GAIN = 0.02  # share of the negative log-likelihood that every further view must save: each makes answers slower
 REUSE_BYTES = 2**28  # of the sketch's feature maps at most, where calibration keeps them for the head
-MIRRORABLE = ("auto", "kernel", "ridge")  # heads that can read images in their mirror images too
+VIEWED = ("kernel", "ridge")  # heads that views are tried for
 HEAD_PREFIX, FITTER_PREFIX = f"{checkpoint.OWN_PREFIX}head.", f"{checkpoint.OWN_PREFIX}fitter."
 
 
@@ -54,7 +53,7 @@ class PredictedModel(hub.Shared, nn.Module):
         target_name: name of the target network; None where it was a module of the caller's.
         batchnorm: the BatchNorm policy.
         fitter: what the head remembers of its images, so that ``add`` can give it more; None without ``growable``.
-        mirrored: every image is also read in its mirror image, which takes twice as long.
+        views: in how many copies every image is read, one of ``pudnet.features.VIEWS``.
     """
 
     hub_file = "model.safetensors"
@@ -70,7 +69,7 @@ class PredictedModel(hub.Shared, nn.Module):
         target_name: str | None = None,
         report: Mapping[str, Any] | None = None,
         fitter: HeadFitter | None = None,
-        mirrored: bool = False,
+        views: str = "single",
     ) -> None:
         super().__init__()
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -81,7 +80,7 @@ class PredictedModel(hub.Shared, nn.Module):
         self.target_name = target_name
         self.report: dict[str, Any] = dict(report or {})
         self.fitter = fitter
-        self.mirrored = mirrored
+        self.views = views
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,9 +91,7 @@ class PredictedModel(hub.Shared, nn.Module):
         if not x.is_floating_point():
             hint = "Turn images into it with model.preprocess(images)."
             raise DtypeError(message("PredictedModel", "x", "floating point", x.dtype, hint))
-        read = maps_reader(self.mirrored)
-        logits: Tensor = self.head(read(self.network, x.contiguous(memory_format=torch.channels_last)))
-        return logits
+        return self.head.logits(self.head.reading(self.network, x, self.views))
 
     @torch.no_grad()
     def classify(self, images: Any) -> Classification:
@@ -209,16 +206,16 @@ class PredictedModel(hub.Shared, nn.Module):
         halves = Halves()
         with clock.stage("head"):
             fitter.add(
-                _mapped(
+                _read(
                     self.network, self.preprocess, clock.iterate("reading", source), self.batchnorm, clock, halves,
-                    mirrored=self.mirrored,
+                    self.head.reading, self.views,
                 )
             )  # fmt: skip
             head = fitter.fit()
         grown = PredictedModel(
             self.network, head, self.preprocess, classes,
             batchnorm=self.batchnorm, target_name=self.target_name, report=self.report, fitter=fitter,
-            mirrored=self.mirrored,
+            views=self.views,
         )  # fmt: skip
         grown._report_added(source, new_classes, split, [*_memory_warnings(None, halves.limit)], clock)
         return grown
@@ -318,7 +315,7 @@ class PredictedModel(hub.Shared, nn.Module):
             "preprocess": self.preprocess.to_dict(),
             "classes": list(self.classes),
             "batchnorm": self.batchnorm,
-            "mirrored": self.mirrored,
+            "views": self.views,
             "head": self.head.config(),
             "report": self.report,
         }
@@ -367,12 +364,20 @@ def load(path: str | os.PathLike[str], target: nn.Module | None = None) -> Predi
             target_name=name,
             report=config["report"],
             fitter=fitter,
-            mirrored=config.get("mirrored") is True,  # files of before have none
+            views=_views_from(config),
         )
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RuntimeError) as error:
         got = f"{str(path)!r} ({one_line(error)})"
         hint = "It was made for another target network or another version."
         raise CheckpointError(message(where, "path", "a model that fits", got, hint)) from error
+
+
+def _views_from(config: Mapping[str, Any]) -> str:
+    # Files of before have none, or whether it was mirrored.
+    views = config.get("views", "mirrored" if config.get("mirrored") is True else "single")
+    if views not in VIEWS:
+        raise CheckpointError(message("pudnet.load", "views", f"one of {', '.join(VIEWS)}", repr(views)))
+    return str(views)
 
 
 def expected_accuracy(head: Head, report: Mapping[str, Any]) -> float:
@@ -423,7 +428,7 @@ def finish(
     batchnorm: str = "calibrated",
     seed: int = 0,
     growable: bool = False,
-    mirror: bool | None = None,
+    views: str | None = None,
     clock: StageClock | None = None,
     reduce: Callable[[HeadFitter], HeadFitter] | None = None,
 ) -> PredictedModel:
@@ -436,12 +441,11 @@ def finish(
         head: one of ``pudnet.heads.HEADS``; ``"auto"`` for ``"kernel"`` where the images are few (``choose_head``) and
             the model is not growable, else ``"ridge"``.
         growable: the model keeps what ``PredictedModel.add`` needs.
-        mirror: read every image in its mirror image too, with one of the heads ``MIRRORABLE``; None: where the sketch
-            says that it helps.
+        views: in how many copies to read every image, one of ``pudnet.features.VIEWS``; None: in several where the
+            sketch says that it helps, and the head is one of ``VIEWED``.
         clock: to go on counting on; None for a new one.
         reduce: what the head remembers of ``source`` -> what it remembers of all shards.
     """
-    require_mirrorable("finish", head, mirror)
     device = _device_of(network)
     clock = clock or StageClock(device)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -450,32 +454,29 @@ def finish(
     # As many as one batch has: a random part, as the images of a small sketch may be in the order of their classes.
     part = torch.randperm(len(sketch.images), generator=torch.Generator().manual_seed(seed))[:BATCH_SIZE].sort().values
     sketched = preprocess.resize(sketch.images[part])
-    reads = HEADS["ridge" if head == "auto" else head]
     with clock.stage("calibration"):
         images = _prepared(preprocess, sketched, device)
-        calibrated_on, features = _set_policy(network, batchnorm, images, seed, reads)
+        if head == "auto":
+            width = HEADS["kernel"].reading(network.eval(), images[:2]).shape[1]
+            head = "ridge" if growable else choose_head(int(sketch.seen.sum()), width)
+        reading = HEADS[head].reading
+        calibrated_on, features = _set_policy(network, batchnorm, images, seed, reading)
         known = None
         if features is not None and len(sketch.streams) == 1:
             known = _Known(sketch.indices[part], sketched, features)
-        if mirror is None:
-            labels = None if sketch.labels is None else sketch.labels[part]
-            wanted = head in MIRRORABLE and batchnorm != "batch"
-            mirror = wanted and _mirroring_helps(network, images, features, labels, seed)
-        if head == "auto":
-            few = images[: 2 if batchnorm == "batch" else 1]  # a single one has no variance
-            width = (reads.pool(feature_maps(network, few)) if features is None else features).shape[1]
-            head = "ridge" if growable else choose_head(int(sketch.seen.sum()), width)
+        if views is None:
+            views = "single"
+            if head in VIEWED and batchnorm != "batch" and sketch.labels is not None:
+                views = _best_views(network, images, features, sketch.labels[part], head, seed)
     fitter = HeadFitter(head, len(source.classes), seed=seed)
     with clock.stage("head"):
         batches = clock.iterate("reading", ordered(source, batchnorm, seed))
-        known = None if mirror else known
-        fitter.add(_mapped(network, preprocess, batches, batchnorm, clock, halves, known, mirrored=mirror))
+        known = known if views == "single" else None
+        fitter.add(_read(network, preprocess, batches, batchnorm, clock, halves, reading, views, known))
         fitter = reduce(fitter) if reduce else fitter
         fitted = fitter.fit()
     kept = fitter if growable else None
-    model = PredictedModel(
-        network, fitted, preprocess, source.classes, batchnorm=batchnorm, fitter=kept, mirrored=mirror
-    )
+    model = PredictedModel(network, fitted, preprocess, source.classes, batchnorm=batchnorm, fitter=kept, views=views)
     total = clock.total()
     model.report = {
         "seconds": {**clock.seconds, "total": total},
@@ -486,46 +487,48 @@ def finish(
         "warnings": [*source.warnings, *_memory_warnings(calibrated_on, halves.limit)],
         "head": {"name": head, **fitted.info},
         "batchnorm": batchnorm,
-        "mirrored": mirror,
+        "views": views,
     }
     return model
 
 
-def require_mirrorable(where: str, head: str, mirror: bool | None) -> None:
-    """Refuse ``mirror`` with a head that cannot read mirror images."""
-    if mirror and head not in MIRRORABLE:
-        rule = "None or False with another head than " + ", ".join(repr(one) for one in MIRRORABLE)
-        raise InputError(message(where, "mirror", rule, mirror))
+def check_views(where: str, views: str | None) -> None:
+    """Raise InputError, listing the views there are, unless ``views`` is one of them or None."""
+    if views is not None and views not in VIEWS:
+        raise InputError(message(where, "views", f"None or one of {', '.join(map(repr, VIEWS))}", repr(views)))
 
 
-def _mirroring_helps(
-    network: nn.Module, images: Tensor, features: Tensor | None, labels: Tensor | None, seed: int
-) -> bool:
-    """Whether the head's leave-one-out error on some of the images is clearly less with their mirror images.
+def _best_views(
+    network: nn.Module, images: Tensor, features: Tensor | None, labels: Tensor, head: str, seed: int
+) -> str:
+    """With which views the head's leave-one-out likelihood of some of the images is best; more only where it is clear.
 
     Args:
-        features: what the head reads of the images, where that is known already.
+        features: what the head reads of the images seen once, where that is known already.
     """
-    if labels is None:
-        return False
-    rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:MIRROR_TRIAL]
+    rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:VIEWS_TRIAL]
     classes, answers = labels[rows].unique(return_inverse=True)
     if len(classes) < 2:
-        return False
+        return "single"
+    reading = HEADS[head].reading
 
-    def error(found: Iterable[Sequence[Tensor] | Tensor]) -> float:
-        head = fit_head("ridge", zip(found, answers.split(CPU_BATCH), strict=True), len(classes))
-        return float(head.info["loo_squared_error"])
+    def trial(views: str) -> tuple[float, float]:
+        """Negative log-likelihood, with what further views have to save on top of it, and squared error."""
+        parts: Iterable[Tensor] = (reading(network, part, views) for part in images[rows].split(CPU_BATCH))
+        if views == "single" and features is not None:
+            parts = features[rows].split(CPU_BATCH)
+        info = fit_head(head, zip(parts, answers.split(CPU_BATCH), strict=True), len(classes)).info
+        return info["loo_nll"] / (1 - VIEW_GAIN * (len(VIEWS[views]) - 1)), info["loo_squared_error"]
 
-    parts = images[rows].split(CPU_BATCH)
     try:
-        usual, both = (map(partial(maps_reader(mirrored), network), parts) for mirrored in (False, True))
-        before = error(usual if features is None else features[rows].split(CPU_BATCH))
-        return error(both) < (1 - MIRROR_GAIN) * before
+        trials = {views: trial(views) for views in VIEWS}
+        # Where nearly all is right already the likelihood hangs on a few images; the squared error on all of them.
+        better = [views for views in VIEWS if trials[views][1] <= trials["single"][1]]
+        return min(better, key=lambda views: trials[views][0])
     except Exception as problem:
         if not is_out_of_memory(problem):
             raise
-        return False  # it would take twice as much
+        return "single"
 
 
 def _prepared(preprocess: Preprocess, images: Tensor, device: torch.device) -> Tensor:
@@ -533,23 +536,23 @@ def _prepared(preprocess: Preprocess, images: Tensor, device: torch.device) -> T
     return preprocess.normalise(images.to(device)).contiguous(memory_format=torch.channels_last)
 
 
-def _mapped(
+def _read(
     network: nn.Module,
     preprocess: Preprocess,
     batches: Iterable[tuple[Tensor, Tensor]],
     batchnorm: str,
     clock: StageClock,
     halves: Halves,
+    reading: Reading,
+    views: str,
     known: _Known | None = None,
-    *,
-    mirrored: bool = False,
-) -> Iterator[tuple[list[Tensor] | Tensor, Tensor]]:
-    """Feature maps, or features that are known, and labels of every image."""
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features and labels of every image."""
     device = _device_of(network)
 
-    def maps_of(piece: Tensor) -> list[Tensor]:
+    def read(piece: Tensor) -> Tensor:
         clock.check()
-        return maps_reader(mirrored)(network, _prepared(preprocess, piece, device))
+        return reading(network, _prepared(preprocess, piece, device), views)
 
     start = 0
     for images, labels in batches:
@@ -560,8 +563,8 @@ def _mapped(
             images, labels = images[new], labels[new]
         done = 0
         for piece in _pieces(images, batchnorm, device):
-            for maps, count in halves.run(maps_of, piece):
-                yield maps, labels[done : done + count]
+            for features, count in halves.run(read, piece):
+                yield features, labels[done : done + count]
                 done += count
 
 
@@ -583,17 +586,17 @@ class _Known(NamedTuple):
 
 
 def _set_policy(
-    network: nn.Module, batchnorm: str, images: Tensor, seed: int, head: type[Head]
+    network: nn.Module, batchnorm: str, images: Tensor, seed: int, reading: Reading
 ) -> tuple[int | None, Tensor | None]:
     """``set_policy``; where memory runs out, in smaller batches, whose size is returned.
 
-    Calibration on one batch has already computed what ``head`` reads of the images: also returned, unless it is large.
+    Calibration on one batch has already computed what ``reading`` makes of the images: returned too, unless large.
     """
     size = most = min(BATCH_SIZE, len(images))
     pooled: list[Tensor] = []
 
     def run(batch: Tensor) -> None:
-        pooled[:] = [head.pool(feature_maps(network, batch))]
+        pooled[:] = [reading(network, batch)]
 
     network.eval()
     reuse = batchnorm == "calibrated" and size == len(images) and _maps_fit(network, images)

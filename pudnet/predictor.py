@@ -33,10 +33,10 @@ from pudnet.predicted import (
     BATCH,
     Classification,
     PredictedModel,
+    check_views,
     expected_accuracy,
     finish,
     load,
-    require_mirrorable,
 )
 from pudnet.serving import Halves, Token, all_or_errors, attempt, in_threads
 from pudnet.sketch import Sketch, SketchBuilder
@@ -204,7 +204,7 @@ class Predictor(hub.Shared):
         split: str = "train",
         classes: Sequence[str] | None = None,
         growable: bool = False,
-        mirror: bool | None = None,
+        views: str | None = None,
         cancel: Token | None = None,
     ) -> PredictedModel:
         """Predict a classifier for a dataset: read, sketch, weights, BatchNorm statistics, head.
@@ -228,8 +228,8 @@ class Predictor(hub.Shared):
             growable: keep what ``PredictedModel.add`` needs, in the model and in its file: up to max(F, 2048) rows of
                 F features and, beyond so many images, an F x F matrix (``convnet3``: 43 and 85 MB at most). The head
                 ``"auto"`` is then ``"ridge"``.
-            mirror: with the heads ``"kernel"`` and ``"ridge"``, read every image in its mirror image too: answers then
-                take twice as long. None: where it clearly helps a part of the sketch (``report["mirrored"]`` says so).
+            views: in how many copies every image is read, one of ``pudnet.features.VIEWS``: answers then take so many
+                times as long. None: what clearly helps a part of the sketch (``report["views"]`` says which).
             cancel: a ``threading.Event`` or alike; looked at between stages and between batches of images.
 
         Raises:
@@ -237,7 +237,7 @@ class Predictor(hub.Shared):
             Cancelled: ``cancel`` was set.
         """
         where = "Predictor.predict"
-        _check_choices(where, head, batchnorm, mirror)
+        _check_choices(where, head, batchnorm, views)
         _require(sketch, (Sketch, type(None)), where, "sketch", "Make one with predictor.sketch(images, labels).")
         source, sample, clock = self._sample(images, labels, sketch_size, seed, split, classes, cancel)
         seen = sample if sketch is None else sketch
@@ -251,7 +251,7 @@ class Predictor(hub.Shared):
             "split": split,
             "classes": None if classes is None else list(classes),
             "growable": growable,
-            "mirror": mirror,
+            "views": views,
             "together": 1,
             "backends": ran,
         }
@@ -279,9 +279,9 @@ class Predictor(hub.Shared):
             PudnetError: the model differs from the recorded one; the message lists what else does.
         """
         where = "Predictor.remake"
-        record = {"mirror": False, **report.get("provenance", report)}  # models of before it existed have none
+        record = {"views": "single", **report.get("provenance", report)}  # models of before it existed have none
         steps = record.get("added", ())
-        names = ("head", "batchnorm", "sketch_size", "seed", "split", "classes", "growable", "mirror")
+        names = ("head", "batchnorm", "sketch_size", "seed", "split", "classes", "growable", "views")
         missing = {*names, "checkpoint", "sha256", "net_sha256", "sketch", "model_sha256"} - set(record)
         if missing:
             rule = "of a model that Predictor.predict made"
@@ -360,7 +360,7 @@ class Predictor(hub.Shared):
                 "split": split,
                 "classes": None,
                 "growable": False,
-                "mirror": None,
+                "views": None,
                 "together": len(sketches),
                 "backends": ran,
             }
@@ -466,7 +466,7 @@ class Predictor(hub.Shared):
         """Directions and ``finish``, and what made the model; ``seen`` is the sketch that decided the weights."""
         with clock.stage("directions"):
             trial = self.net.insert_directions(network, seen)
-        options = {name: settings[name] for name in ("head", "batchnorm", "seed", "growable", "mirror")}
+        options = {name: settings[name] for name in ("head", "batchnorm", "seed", "growable", "views")}
         model = finish(network, source, sample, self.net.preprocess, clock=clock, reduce=reduce, **options)
         model.target_name = self.net.target_name
         model.report["directions"] = trial._asdict()
@@ -508,9 +508,9 @@ def _pairs(where: str, datasets: Any) -> list[tuple[Any, Any]]:
     return [one if isinstance(one, tuple) and len(one) == 2 else (one, None) for one in datasets]
 
 
-def _check_choices(where: str, head: str, batchnorm: str, mirror: bool | None = None) -> None:
+def _check_choices(where: str, head: str, batchnorm: str, views: str | None = None) -> None:
     check_head(head, "auto")
-    require_mirrorable(where, head, mirror)
+    check_views(where, views)
     if batchnorm not in POLICIES:
         raise InputError(message(where, "batchnorm", f"one of {', '.join(POLICIES)}", repr(batchnorm)))
 

@@ -81,7 +81,7 @@ def predict(
         "split": split,
         "classes": list(classes),
         "growable": False,
-        "mirror": None,
+        "views": None,
         "together": 1,
         "shards": world,
         "backends": ran,

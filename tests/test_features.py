@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pudnet.errors import InputError, ShapeError
-from pudnet.features import feature_maps, pool_features
+from pudnet.features import VIEWS, Reading, View, feature_maps
 
 
 class Own(nn.Module):
@@ -120,8 +120,8 @@ def test_a_module_without_convolutions_is_an_error() -> None:
 )
 def test_pooling_grid(shape: tuple[int, int, int], features: int) -> None:
     x = torch.rand(3, *shape)
-    assert pool_features([x]).shape == (3, features + shape[0])
-    pooled = pool_features([x], spread=False)
+    assert Reading().pool([x]).shape == (3, features + shape[0])
+    pooled = Reading(spread=False).pool([x])
     assert pooled.shape == (3, features)
     g = round((features / shape[0]) ** 0.5)
     torch.testing.assert_close(pooled, F.normalize(F.adaptive_avg_pool2d(x, g).flatten(1), dim=1))
@@ -129,12 +129,12 @@ def test_pooling_grid(shape: tuple[int, int, int], features: int) -> None:
 
 def test_each_map_is_normalised_and_the_last_can_be_had_alone() -> None:
     maps = [torch.rand(4, 8, 6, 6) * 100, torch.rand(4, 10), torch.zeros(4, 2, 2, 2)]
-    pooled = pool_features(maps, spread=False)
+    pooled = Reading(spread=False).pool(maps)
     assert pooled.shape == (4, 128 + 10 + 8)
     torch.testing.assert_close(pooled[:, :128].norm(dim=1), torch.ones(4))
     torch.testing.assert_close(pooled[:, 128:138], F.normalize(maps[1], dim=1))
     assert torch.equal(pooled[:, 138:], torch.zeros(4, 8))
-    torch.testing.assert_close(pool_features(maps[:2], "last"), F.normalize(maps[1], dim=1))
+    torch.testing.assert_close(Reading("last").pool(maps[:2]), F.normalize(maps[1], dim=1))
 
 
 def test_spread_adds_root_means_and_deviations() -> None:
@@ -142,27 +142,77 @@ def test_spread_adds_root_means_and_deviations() -> None:
     means = F.adaptive_avg_pool2d(x, 4).flatten(1)
     roots = F.normalize(means.sign() * means.abs().sqrt(), dim=1)
     deviations = F.normalize(x.std(dim=(2, 3), correction=0), dim=1)
-    torch.testing.assert_close(pool_features([x]), torch.cat([roots, deviations], dim=1), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(Reading().pool([x]), torch.cat([roots, deviations], dim=1), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5, 70])
+def test_covariances_are_those_of_any_two_channels_and_count_less_where_places_are_few(channels: int) -> None:
+    x = torch.randn(4, channels, 3, 7, dtype=torch.float64)
+    usual, pooled = Reading().pool([x]), Reading(covariances=True).pool([x])
+    torch.testing.assert_close(pooled[:, : usual.shape[1]], usual, rtol=1e-6, atol=1e-9)
+    used = [i * channels // 64 for i in range(64)] if channels > 64 else list(range(channels))
+    pairs = [(i, j) for n, i in enumerate(used) for j in used[n + 1 :]]
+    assert pooled.shape[1] == usual.shape[1] + len(pairs)
+    if not pairs:
+        return
+    for image, found in zip(x, pooled[:, usual.shape[1] :], strict=True):
+        covariance = torch.cov(image.flatten(1), correction=0)
+        wanted = torch.stack([covariance[pair] for pair in pairs])
+        wanted = F.normalize(wanted.sign() * wanted.abs().sqrt(), dim=0) * 21 / (21 + len(used))
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_covariances_come_from_the_first_the_middle_and_the_last_of_many_maps() -> None:
+    maps = [torch.rand(2, 3, 4, 4) for _ in range(9)]
+    usual, pooled = Reading().pool(maps), Reading(covariances=True).pool(maps)
+    assert pooled.shape[1] == usual.shape[1] + 3 * 3
+    for one in maps:  # each would be read, alone
+        assert Reading(covariances=True).pool([one]).shape[1] == Reading().pool([one]).shape[1] + 3
+    width = usual.shape[1] // 9
+    for number, place in ((0, width), (4, 5 * width + 3), (8, 9 * width + 6)):
+        own = Reading(covariances=True).pool([maps[number]])[:, width:]
+        torch.testing.assert_close(pooled[:, place : place + 3], own)
+
+
+def test_views_move_repeat_the_border_and_mirror() -> None:
+    x = torch.arange(12.0).view(1, 1, 3, 4)
+    assert View(down=1).of(x)[0, 0].tolist() == [[0, 1, 2, 3], [0, 1, 2, 3], [4, 5, 6, 7]]
+    assert View(right=-1).of(x)[0, 0, 0].tolist() == [1, 2, 3, 3]
+    assert View(right=1, mirrored=True).of(x)[0, 0, 0].tolist() == [2, 1, 0, 0]
+    assert View().of(x) is x
+    large = torch.rand(1, 1, 224, 224)
+    assert torch.equal(View(down=-1).of(large)[:, :, :217], large[:, :, 7:])
+
+
+@pytest.mark.parametrize("views", VIEWS)
+@pytest.mark.parametrize("reading", [Reading(covariances=True), Reading("last", spread=False)])
+def test_statistics_are_averaged_over_views_before_they_are_normalised(views: str, reading: Reading) -> None:
+    network, x = Own(), images(3)
+    seen = [feature_maps(network, view.of(x)) for view in VIEWS[views]]
+    parts = [reading._parts(maps) for maps in seen]
+    means = [torch.stack([part.values for part in same]).mean(0) for same in zip(*parts, strict=True)]
+    units = [F.normalize(mean, dim=1) * part.weight for mean, part in zip(means, parts[0], strict=True)]
+    torch.testing.assert_close(reading(network, x, views), torch.cat(units, dim=1))
 
 
 def test_spread_is_finite_and_has_finite_gradients_where_nothing_varies() -> None:
     x = torch.zeros(2, 3, 4, 4)
     x[1] = 1.0
     x.requires_grad_()
-    pooled = pool_features([x])
-    assert torch.equal(pooled[0], torch.zeros(51))
-    assert torch.equal(pooled[1, 48:], torch.zeros(3))
+    pooled = Reading(covariances=True).pool([x])
+    assert torch.equal(pooled[0], torch.zeros(54))
+    assert torch.equal(pooled[1, 48:], torch.zeros(6))
     pooled.sum().backward()
     assert x.grad is not None and x.grad.isfinite().all()
 
 
 def test_bad_input() -> None:
     with pytest.raises(InputError, match="'all' or 'last'"):
-        pool_features([torch.rand(2, 3)], "first")  # type: ignore[arg-type]
+        Reading("first")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="at least one feature map"):
-        pool_features([])
+        Reading().pool([])
     with pytest.raises(ShapeError):
-        pool_features([torch.rand(2, 3, 4)])
+        Reading().pool([torch.rand(2, 3, 4)])
 
 
 def test_exports_with_a_dynamic_batch() -> None:
@@ -173,7 +223,7 @@ def test_exports_with_a_dynamic_batch() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             maps = feature_maps(self.body, x)  # 9 x 9 and 4 x 4
-            return pool_features([*maps, x[:, :, :8, :8]])
+            return Reading(covariances=True).pool([*maps, x[:, :, :8, :8]])
 
     module = Pooled().eval()
     batch = torch.export.Dim("batch", min=1, max=64)

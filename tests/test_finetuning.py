@@ -46,9 +46,9 @@ def assert_equal(first: pudnet.PredictedModel, second: pudnet.PredictedModel) ->
 
 @pytest.mark.parametrize("head", ["ridge", "ridge-last", "cosine"])
 def test_starts_from_what_was_predicted(predictor: pudnet.Predictor, head: str) -> None:
-    model, test = predictor.predict(*hard(20), head=head), hard(30, seed=1)
+    model, test = predictor.predict(*hard(20), head=head, views="single"), hard(30, seed=1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    tunable = finetuning._Tunable(model.network, model.head, model.mirrored).eval()
+    tunable = finetuning._Tunable(model.network, model.head, model.views).eval()
     x = model.preprocess(test[0])
     with torch.no_grad():
         torch.testing.assert_close(tunable(x), model(x), atol=1e-4, rtol=1e-4)

@@ -8,7 +8,7 @@ from test_predictor import Plain, coloured, logits_of, tiny_net
 from torch import Tensor, nn
 
 import pudnet
-from pudnet import predicted
+from pudnet import features, predicted
 from pudnet.batchnorm import calibrate
 from pudnet.features import feature_maps
 from pudnet.predicted import _Known
@@ -28,12 +28,12 @@ def test_features_of_the_sketch_are_computed_once(
         return feature_maps(network, x)
 
     monkeypatch.setattr(predicted, "feature_maps", counting)
-    monkeypatch.setattr(predicted, "maps_reader", lambda mirrored: counting)
-    model = predictor.predict(images, labels, head=head, sketch_size=30, mirror=False)
+    monkeypatch.setattr(features, "feature_maps", counting)
+    model = predictor.predict(images, labels, head=head, sketch_size=30, views="single")
     assert read[1] == 30 and sum(read[1:]) == len(images)
     read.clear()
     monkeypatch.setattr(predicted, "REUSE_BYTES", 0)
-    again = predictor.predict(images, labels, head=head, sketch_size=30, mirror=False)
+    again = predictor.predict(images, labels, head=head, sketch_size=30, views="single")
     assert sum(read[1:]) == len(images) and 30 not in read
     assert model.report["expected_accuracy"] == again.report["expected_accuracy"]
     torch.testing.assert_close(logits_of(model, images), logits_of(again, images), rtol=1e-3, atol=1e-3)

@@ -18,7 +18,7 @@ from plain_heads import kernel_refit
 
 from pudnet import heads
 from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError
-from pudnet.features import pool_features
+from pudnet.features import Reading
 from pudnet.heads import (
     HEADS,
     Head,
@@ -116,13 +116,13 @@ def test_the_kernel_head_and_its_leave_one_out_equal_refitting(noise: float) -> 
     y = torch.where(y == 2, y * (torch.arange(40) % 2), y)  # unbalanced
     head = fit_head("kernel", batched(maps, y, 16), 3)
     x, rate, lam = head.rows.double(), float(head.rate), head.info["lambda"]
-    assert torch.equal(head.rows, (pool_features(maps) - head.centre).half().float())
+    assert torch.equal(head.rows, (Reading(covariances=True).pool(maps) - head.centre).half().float())
     assert rate == pytest.approx(1 / (4 * torch.cdist(x, x).square().mean().item()), rel=1e-4)
     dual, bias = kernel_refit(x, y, 3, lam, rate)
     torch.testing.assert_close(head.weight.double(), dual.T, rtol=2e-3, atol=1e-4)
     torch.testing.assert_close(head.bias.double(), bias, rtol=2e-3, atol=1e-4)
     test, _ = data(7, 3, 12, noise, seed=1)
-    near = torch.exp(-rate * torch.cdist((pool_features(test) - head.centre).double(), x).square())
+    near = torch.exp(-rate * torch.cdist((Reading(covariances=True).pool(test) - head.centre).double(), x).square())
     torch.testing.assert_close(
         head(test).double(), head.temperature.double() * (near @ dual + bias), rtol=1e-3, atol=1e-3
     )
@@ -193,8 +193,8 @@ def test_the_kernel_head_computes_distances_in_float32(way: str) -> None:
 
 
 def test_the_choice_of_a_head() -> None:
-    assert choose_head(5120, 3264) == "kernel" and choose_head(5121, 3264) == "ridge"
-    assert choose_head(1833, 9152) == "kernel" and choose_head(1834, 9152) == "ridge"  # of 2^24 values
+    assert choose_head(5120, 9312) == "kernel" and choose_head(5121, 9312) == "ridge"
+    assert choose_head(4415, 15200) == "kernel" and choose_head(4416, 15200) == "ridge"  # of 2^26 values
     with pytest.raises(InputError, match="head must be one of 'kernel'"):
         HeadFitter("auto", 3)
 
@@ -237,7 +237,7 @@ def test_slope_is_the_derivative_of_the_error() -> None:
 
 def test_fit_head_takes_the_same_model_from_kept_rows_and_from_an_accumulated_matrix() -> None:
     maps, y = data(300, 3, 10)
-    features = pool_features(maps)
+    features = Reading().pool(maps)
     kept = fit_head("ridge", [(maps, y)], 3)
     streamed = fit_head("ridge", batched(maps, y, 7), 3, loo_rows=299)
     assert kept.info["form"] == streamed.info["form"] == "primal"
@@ -327,7 +327,7 @@ def test_accumulator_errors() -> None:
 def test_cosine_leave_one_out_equals_refitting() -> None:
     maps, y = data(31, 4, 12, noise=2.0)
     head = fit_head("cosine", [(maps, y)], 4)
-    x = pool_features(maps, "last")
+    x = Reading("last").pool(maps)
     scores = []
     for i in range(31):
         rest = torch.arange(31) != i

@@ -1,4 +1,4 @@
-"""Images read together with their mirror images: only where it helps, and alike in all that follows a prediction."""
+"""Images read in several copies: only where it helps, and alike in all that follows a prediction."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from test_predictor import coloured, logits_of, tiny_net
 from torch import Tensor
 
 import pudnet
-from pudnet.errors import InputError
-from pudnet.features import feature_maps, mirrored_maps, pool_features
-from pudnet.predicted import _mirroring_helps
+from pudnet import checkpoint
+from pudnet.errors import CheckpointError, InputError
+from pudnet.features import VIEWS
+from pudnet.heads import HEADS
+from pudnet.predicted import _best_views
 from pudnet.targets import ConvNet3
 
 
@@ -21,69 +23,101 @@ def predictor() -> pudnet.Predictor:
     return pudnet.Predictor(tiny_net())
 
 
-def sided(n: int, mirrored: bool) -> tuple[Tensor, Tensor]:
-    """A bright upper or lower half and a slope to the right; ``mirrored``: of every second image to the left."""
+def sided(n: int) -> tuple[Tensor, Tensor]:
+    """A bright upper or lower half and a slope to the right, of the second half of the images to the left."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(n) % 2
     images = torch.randint(0, 120, (n, 32, 32, 3), generator=generator)
     images += torch.linspace(0, 100, 32).long().view(1, 1, 32, 1)
     for image, label in zip(images, labels.tolist(), strict=True):
-        image[16 * label : 16 * label + 16] += 30
-    if mirrored:
-        images[n // 2 :] = images[n // 2 :].flip(2)
+        image[16 * label : 16 * label + 16] += 8
+    images[n // 2 :] = images[n // 2 :].flip(2)
     return images.to(torch.uint8), labels
 
 
-def test_mirrored_maps_are_the_same_for_mirror_images_and_those_of_symmetric_ones() -> None:
-    network, x = ConvNet3().eval(), torch.randn(3, 3, 32, 32)
-    torch.testing.assert_close(mirrored_maps(network, x), mirrored_maps(network, x.flip(-1)))
-    assert len(pool_features(mirrored_maps(network, x))) == 3
-    assert pool_features(mirrored_maps(network, x)).shape == pool_features(feature_maps(network, x)).shape
-
-
-def test_a_mirrored_model_goes_everywhere(predictor: pudnet.Predictor, tmp_path: Path) -> None:
+@pytest.mark.parametrize("head", ["kernel", "ridge", "cosine"])
+@pytest.mark.parametrize("views", ["mirrored", "shifted"])
+def test_a_model_with_views_goes_everywhere(predictor: pudnet.Predictor, views: str, head: str, tmp_path: Path) -> None:
     images, labels = coloured(40)
-    model = predictor.predict(images, labels, mirror=True, growable=True)
-    assert model.mirrored and model.report["mirrored"]
+    model = predictor.predict(images, labels, views=views, head=head, growable=True)
+    assert model.views == model.report["views"] == views
     expected = logits_of(model, images)
-    torch.testing.assert_close(logits_of(model, images.flip(2)), expected, atol=1e-4, rtol=1e-4)
+    if views == "mirrored":
+        torch.testing.assert_close(logits_of(model, images.flip(2)), expected, atol=1e-4, rtol=1e-4)
     model.save(tmp_path / "model.safetensors")
     loaded = pudnet.load(tmp_path / "model.safetensors")
-    assert loaded.mirrored and torch.equal(logits_of(loaded, images), expected)
-    assert loaded.add(images, labels).mirrored
+    assert loaded.views == views and torch.equal(logits_of(loaded, images), expected)
+    assert loaded.add(images, labels).views == views
     tuned = pudnet.finetune(model, images, labels, epochs=1, validation=0.0)
-    assert tuned.mirrored
-    assert predictor.remake(model.report, images, labels).mirrored
+    assert tuned.views == views
+    assert predictor.remake(model.report, images, labels).views == views
 
 
-def test_the_sketch_decides() -> None:
+@pytest.mark.parametrize("head", ["kernel", "ridge"])
+def test_the_sketch_decides(head: str) -> None:
+    torch.manual_seed(0)
     network = ConvNet3().eval()
     answers = []
     for labels_are_sides in (False, True):
-        images, labels = sided(200, mirrored=True)
+        images, labels = sided(200)
         labels = (torch.arange(200) >= 100).long() if labels_are_sides else labels
         x = images.permute(0, 3, 1, 2).float() / 128 - 1
-        answers.append(_mirroring_helps(network, x, None, labels, 0))
-        known = head_features(network, x)
-        assert _mirroring_helps(network, x, known, labels, 0) == answers[-1]
-    assert answers == [True, False]
-    for nothing in (None, torch.zeros(200).long()):
-        assert not _mirroring_helps(network, x, None, nothing, 0)
+        answers.append(_best_views(network, x, None, labels, head, 0))
+        known = HEADS[head].reading(network, x)
+        assert _best_views(network, x, known, labels, head, 0) == answers[-1]
+    assert answers[0] != "single" and answers[1] != "mirrored"
+    assert _best_views(network, x, None, torch.zeros(200).long(), head, 0) == "single"
 
 
-def head_features(network: ConvNet3, x: torch.Tensor) -> torch.Tensor:
-    return pool_features(feature_maps(network, x))
-
-
-def test_only_heads_of_all_layers_can(predictor: pudnet.Predictor) -> None:
+def test_the_papers_heads_read_single_images(predictor: pudnet.Predictor) -> None:
     images, labels = coloured(40)
-    assert not predictor.predict(images, labels, head="cosine").mirrored
-    with pytest.raises(InputError, match="mirror must be None or False"):
-        predictor.predict(images, labels, head="cosine", mirror=True)
+    assert predictor.predict(images, labels, head="cosine").views == "single"
+    assert predictor.predict(images, labels, head="kernel", batchnorm="batch").views == "single"
 
 
-def test_models_of_before_are_made_again_without(predictor: pudnet.Predictor) -> None:
+def test_unknown_views_are_refused(predictor: pudnet.Predictor, tmp_path: Path) -> None:
     images, labels = coloured(40)
-    record = predictor.predict(images, labels, mirror=False).report["provenance"]
-    del record["mirror"]
-    assert not predictor.remake(record, images, labels).mirrored
+    with pytest.raises(InputError, match="views must be None or one of 'single'"):
+        predictor.predict(images, labels, views="both")
+    model = predictor.predict(images, labels)
+    model.views = "both"
+    model.save(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="views must be one of"):
+        pudnet.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("mirrored", [True, False, None])
+def test_files_of_before_read_as_they_did(predictor: pudnet.Predictor, mirrored: bool | None, tmp_path: Path) -> None:
+    images, labels = coloured(40)
+    views = "mirrored" if mirrored else "single"
+    model = predictor.predict(images, labels, head="ridge", views=views)
+    path = tmp_path / "model"
+    model.save(path)
+    config, tensors = checkpoint.load(path, "model")
+    del config["views"], config["head"]["reading"]
+    if mirrored is not None:
+        config["mirrored"] = mirrored
+    checkpoint.save(path, "model", config, tensors)
+    loaded = pudnet.load(path)
+    assert loaded.views == views and not loaded.head.reading.covariances
+    assert torch.equal(logits_of(loaded, images), logits_of(model, images))
+    record = model.report["provenance"]
+    if not mirrored:
+        del record["views"]
+        assert predictor.remake(record, images, labels).views == "single"
+
+
+def test_a_kernel_head_of_before_reads_no_covariances(predictor: pudnet.Predictor) -> None:
+    images, labels = coloured(40)
+    head = predictor.predict(images, labels, head="kernel", growable=True).head
+    config = head.config()
+    assert config["reading"]["covariances"]
+    del config["reading"]
+    assert not pudnet.heads.head_from_config(config, head.state).reading.covariances
+    config["reading"] = {"layers": "first"}
+    with pytest.raises(CheckpointError, match="reading must be one of this version"):
+        pudnet.heads.head_from_config(config, head.state)
+
+
+def test_every_view_has_the_image_itself_first() -> None:
+    assert all(views[0] == (0, 0, False) for views in VIEWS.values())

@@ -26,9 +26,10 @@ from pudnet.evaluation.baselines import pca_weights, random_weights
 from pudnet.evaluation.peers import ITERATIONS, TREES, fit_pixels
 from pudnet.evaluation.scratch import FINE_TUNING_LR, fine_tune, scratch_settings, train_from_scratch
 from pudnet.evaluation.tasks import Images, Task, draw
+from pudnet.features import COVARIANCE_CHANNELS, COVARIANCE_MAPS, VIEWS
 from pudnet.finetuning import finetune, finetuning_settings
 from pudnet.heads import KERNEL_ROWS, KERNEL_VALUES, KERNEL_WIDTH, choose_head, fit_head
-from pudnet.predicted import finish
+from pudnet.predicted import VIEW_GAIN, finish
 from pudnet.predictor import Predictor
 from pudnet.sketch import Sketch
 
@@ -37,10 +38,12 @@ PROBE_BATCH = 512
 # brought 1.5 points to 20 epochs and cost 0.9 in 5.
 SCRATCH = {5: 0, 20: 2}
 FINE_TUNING_EPOCHS = 5
-# What else decides a row with the kernel head, with directions, with both.
-KERNEL = f"width={KERNEL_WIDTH} most={KERNEL_ROWS} {KERNEL_VALUES}"
+# What else decides a row: with views, the kernel head on pixels and on a network, directions, and both of these.
+VIEWED = f"views={len(VIEWS)} {VIEW_GAIN}"
+PIXELS = f"width={KERNEL_WIDTH} most={KERNEL_ROWS} {KERNEL_VALUES}"
+KERNEL = f"{PIXELS} covariances={COVARIANCE_MAPS} {COVARIANCE_CHANNELS} {VIEWED}"
 DIRECTED = f"shrinkage={SHRINKAGE} helps={HELPS}"
-BOTH = f"{KERNEL} {DIRECTED}"
+BOTH, RIDGE = f"{KERNEL} {DIRECTED}", f"{VIEWED} {DIRECTED}"
 
 
 @dataclass(frozen=True)
@@ -385,28 +388,28 @@ ROWS: dict[str, Row] = {
         Row("predicted-cosine", "predicted weights, cosine", _predicted("cosine"), uses_checkpoint=True,
             settings=DIRECTED),
         Row("predicted-ridge", "predicted weights, ridge", _predicted("ridge"), uses_checkpoint=True,
-            settings=DIRECTED),
+            settings=RIDGE),
         Row("predicted-ridge-bfloat16", "predicted weights (bfloat16 parameters), ridge",
-            _predicted("ridge", half=True), uses_checkpoint=True, settings=DIRECTED),
+            _predicted("ridge", half=True), uses_checkpoint=True, settings=RIDGE),
         Row("predicted-ridge-last", "predicted weights, ridge-last", _predicted("ridge-last"), uses_checkpoint=True,
             settings=DIRECTED),
         Row("predicted-cosine-other", "predicted from another dataset's sketch, cosine",
             _finished(_predicted_from_other, "cosine"), uses_checkpoint=True, needs_other=True, settings=DIRECTED),
         Row("predicted-ridge-other", "predicted from another dataset's sketch, ridge",
-            _finished(_predicted_from_other, "ridge"), uses_checkpoint=True, needs_other=True, settings=DIRECTED),
+            _finished(_predicted_from_other, "ridge"), uses_checkpoint=True, needs_other=True, settings=RIDGE),
         Row("predicted-ridge-noise", "predicted from a sketch of noise, ridge",
-            _finished(_predicted_from_noise, "ridge"), uses_checkpoint=True, settings=DIRECTED),
+            _finished(_predicted_from_noise, "ridge"), uses_checkpoint=True, settings=RIDGE),
         Row("undirected-ridge", "generated weights without directions, ridge", _finished(_undirected, "ridge"),
-            uses_checkpoint=True),
+            uses_checkpoint=True, settings=VIEWED),
         Row("directions-ridge", "random weights with the dataset's directions, ridge",
-            _finished(_random_with_directions, "ridge"), uses_checkpoint=True, settings=DIRECTED),
+            _finished(_random_with_directions, "ridge"), uses_checkpoint=True, settings=RIDGE),
         Row("random-cosine", "random weights, cosine", _finished(_random, "cosine")),
-        Row("random-ridge", "random weights, ridge", _finished(_random, "ridge")),
-        Row("pca-ridge", "PCA kernels of the dataset, ridge", _finished(_pca, "ridge")),
+        Row("random-ridge", "random weights, ridge", _finished(_random, "ridge"), settings=VIEWED),
+        Row("pca-ridge", "PCA kernels of the dataset, ridge", _finished(_pca, "ridge"), settings=VIEWED),
         Row("pca-ridge-other", "PCA kernels of another dataset, ridge", _finished(_pca_of_other, "ridge"),
-            needs_other=True),
+            needs_other=True, settings=VIEWED),
         Row("pixels-ridge", "raw pixels, ridge", _pixels("ridge")),
-        Row("pixels-kernel", "raw pixels, kernel", _pixels("auto"), settings=KERNEL),
+        Row("pixels-kernel", "raw pixels, kernel", _pixels("auto"), settings=PIXELS),
         Row("pixels-mean", "raw pixels, nearest class mean", _pixel_classifier("mean")),
         Row("pixels-logistic", "raw pixels, logistic regression (scikit-learn)", _pixel_classifier("logistic"),
             settings=f"iterations={ITERATIONS}"),

@@ -18,7 +18,7 @@ from pudnet.data.source import ImageSource, open_images
 from pudnet.directions import normalising_by_batch
 from pudnet.errors import InputError, message
 from pudnet.familiarity import describe
-from pudnet.features import feature_maps, last_features, pool_features
+from pudnet.features import Reading, feature_maps, last_features
 from pudnet.models.pudnet import PudNet
 from pudnet.training.config import DataSource, TrainingConfig
 from pudnet.training.loop import BaseTrainer
@@ -126,7 +126,7 @@ class Trainer(BaseTrainer):
             features, labels, episode.support, self.net.temperature, self.auxiliary(features), classes
         )
         if config.loss.ridge:
-            support, query = pool_features(maps).split([episode.support, len(images) - episode.support])
+            support, query = Reading().pool(maps).split([episode.support, len(images) - episode.support])
             answers = ridge_logits(
                 support, labels[: episode.support], query, len(episode.classes), config.loss.ridge_lambda
             )
@@ -226,7 +226,7 @@ class Trainer(BaseTrainer):
             features, queries = last_features(maps).split(sizes)
             logits = cosine_logits(queries, class_means(features, known, VALIDATION_WAYS), self.net.temperature)
             cosine.append((logits.argmax(dim=1) == asked).float().mean())
-            features, queries = pool_features(maps).split(sizes)
+            features, queries = Reading().pool(maps).split(sizes)
             answers = ridge_logits(features, known, queries, VALIDATION_WAYS, self.config.loss.ridge_lambda)
             ridge.append((answers.argmax(dim=1) == asked).float().mean())
         self.net.train()
