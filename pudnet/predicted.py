@@ -226,14 +226,15 @@ class PredictedModel(hub.Shared, nn.Module):
         """Bring the report up to date with images that were added."""
         report, counts = self.report, dict(zip(source.classes, source.counts or (), strict=True))
         old = report["class_counts"]
+        merged = {name: old.get(name, 0) + counts[name] for name in self.classes}
         entry = {"n": sum(counts.values()), "new_classes": list(new_classes), "split": split}
         found = report.get("provenance", {})
         self.report = {
             **report,
             "seconds": {**report["seconds"], "added": report["seconds"].get("added", 0.0) + clock.total()},
-            "expected_accuracy": expected_accuracy(self.head, report),
+            "expected_accuracy": expected_accuracy(self.head, {**report, "class_counts": merged}),
             "n": report["n"] + entry["n"],
-            "class_counts": {name: old.get(name, 0) + counts[name] for name in self.classes},
+            "class_counts": merged,
             "skipped": report["skipped"] + [list(one) for one in source.skipped],
             "warnings": report["warnings"] + list(source.warnings) + warnings,
             "head": {"name": self.head.name, **self.head.info},
@@ -387,13 +388,17 @@ def expected_accuracy(head: Head, report: Mapping[str, Any]) -> float:
     a share that the trial of the directions measured (``pudnet.directions.Trial``) and that falls as their number
     grows; the error on the head's other images is fair. Hence the same correction however many are among them. The
     larger the share, the less leave-one-out says, and the more counts the error of the trial itself.
+
+    No less than what guessing gives, each class as often as there are images of it: where labels mean nothing, an image
+    that is left out makes its own class the rarer one, and leave-one-out is wrong far more often than new images are.
     """
     error, trial = 1 - head.expected_accuracy, report.get("directions")
     if trial and trial["helps"]:
         share = trial["optimism"] * trial["images"] / head.info["images"]
         mixed = error + min(1.0, share) * (trial["error"] - error)
         error = min(1.0, max(error * (1 + share), mixed))
-    return 1 - error
+    counts = report["class_counts"].values()
+    return max(1 - error, sum(count * count for count in counts) / sum(counts) ** 2)
 
 
 def _device_of(module: nn.Module) -> torch.device:

@@ -78,14 +78,18 @@ def test_expected_accuracy_takes_off_what_directions_flatter() -> None:
     labels = torch.arange(80) % 2
     features = torch.randn(80, 5, generator=generator) + labels[:, None]
     head = fit_head("ridge", [(features, labels)], 2)
-    assert expected_accuracy(head, {}) == pytest.approx(head.expected_accuracy)
+    counts = dict.fromkeys("0123456789", 8)
+    assert expected_accuracy(head, {"class_counts": counts}) == pytest.approx(head.expected_accuracy)
 
     def expected(optimism: float, error: float) -> float:
         trial = {"helps": True, "optimism": optimism, "error": error, "images": 40}
-        return expected_accuracy(head, {"directions": trial})
+        return expected_accuracy(head, {"directions": trial, "class_counts": counts})
 
     error = 1 - head.expected_accuracy
     assert error > 0
     assert expected(0.5, error) == pytest.approx(1 - 1.25 * error)
-    assert expected(1000.0, 0.5) == 0.0
+    assert expected(1000.0, 0.5) == pytest.approx(0.1)  # what guessing gives
+    counts["0"] = 100
+    assert expected(1000.0, 0.5) == pytest.approx((100**2 + 9 * 8**2) / 172**2)
+    counts["0"] = 8
     assert expected(2.0, 0.5) == pytest.approx(1 - max(2 * error, 0.5))  # leave-one-out says nothing any more
