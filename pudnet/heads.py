@@ -204,19 +204,28 @@ class HeadFitter:
         num_classes: K, at least 2 when it is fitted.
         seed: of the sample for the leave-one-out estimate.
         loo_rows: size of that sample.
+        reading: what the head reads of feature maps; None for what heads of its kind do.
 
     Raises:
         InputError: an unknown name, fewer than two classes, or ``loo_rows`` below 2.
     """
 
-    def __init__(self, name: str, num_classes: int, *, seed: int = 0, loo_rows: int = LOO_ROWS) -> None:
+    def __init__(
+        self,
+        name: str,
+        num_classes: int,
+        *,
+        seed: int = 0,
+        loo_rows: int = LOO_ROWS,
+        reading: Reading | None = None,
+    ) -> None:
         check_head(name)
         if num_classes < 2:
             raise InputError(message("fit_head", "num_classes", "at least 2", num_classes))
         if loo_rows < 2:
             raise InputError(message("fit_head", "loo_rows", "at least 2", loo_rows))
         self.name, self.num_classes, self.seed, self.loo_rows = name, num_classes, seed, loo_rows
-        self.reading = HEADS[name].reading
+        self.reading = reading or HEADS[name].reading
         self._sample: _Reservoir | None = None
         self._whole: ClassSums | None = None  # of the ridge heads: once there are more images than are kept
 

@@ -434,6 +434,7 @@ def finish(
     seed: int = 0,
     growable: bool = False,
     views: str | None = None,
+    reading: Reading | None = None,
     clock: StageClock | None = None,
     reduce: Callable[[HeadFitter], HeadFitter] | None = None,
 ) -> PredictedModel:
@@ -448,6 +449,7 @@ def finish(
         growable: the model keeps what ``PredictedModel.add`` needs.
         views: in how many copies to read every image, one of ``pudnet.features.VIEWS``; None: in several where the
             sketch says that it helps, and the head is one of ``VIEWED``.
+        reading: what the head reads of feature maps; None for what heads of its kind do.
         clock: to go on counting on; None for a new one.
         reduce: what the head remembers of ``source`` -> what it remembers of all shards.
     """
@@ -462,9 +464,9 @@ def finish(
     with clock.stage("calibration"):
         images = _prepared(preprocess, sketched, device)
         if head == "auto":
-            width = HEADS["kernel"].reading(network.eval(), images[:2]).shape[1]
+            width = (reading or HEADS["kernel"].reading)(network.eval(), images[:2]).shape[1]
             head = "ridge" if growable else choose_head(int(sketch.seen.sum()), width)
-        reading = HEADS[head].reading
+        reading = reading or HEADS[head].reading
         calibrated_on, features = _set_policy(network, batchnorm, images, seed, reading)
         known = None
         if features is not None and len(sketch.streams) == 1:
@@ -472,8 +474,8 @@ def finish(
         if views is None:
             views = "single"
             if head in VIEWED and batchnorm != "batch" and sketch.labels is not None:
-                views = _best_views(network, images, features, sketch.labels[part], head, seed)
-    fitter = HeadFitter(head, len(source.classes), seed=seed)
+                views = _best_views(network, images, features, sketch.labels[part], head, reading, seed)
+    fitter = HeadFitter(head, len(source.classes), seed=seed, reading=reading)
     with clock.stage("head"):
         batches = clock.iterate("reading", ordered(source, batchnorm, seed))
         known = known if views == "single" else None
@@ -504,7 +506,7 @@ def check_views(where: str, views: str | None) -> None:
 
 
 def _best_views(
-    network: nn.Module, images: Tensor, features: Tensor | None, labels: Tensor, head: str, seed: int
+    network: nn.Module, images: Tensor, features: Tensor | None, labels: Tensor, head: str, reading: Reading, seed: int
 ) -> str:
     """With which views the head's leave-one-out likelihood of some of the images is best; more only where it is clear.
 
@@ -515,7 +517,6 @@ def _best_views(
     classes, answers = labels[rows].unique(return_inverse=True)
     if len(classes) < 2:
         return "single"
-    reading = HEADS[head].reading
 
     def trial(views: str) -> tuple[float, float]:
         """Negative log-likelihood, with what further views have to save on top of it, and squared error."""

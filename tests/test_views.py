@@ -56,17 +56,17 @@ def test_a_model_with_views_goes_everywhere(predictor: pudnet.Predictor, views: 
 @pytest.mark.parametrize("head", ["kernel", "ridge"])
 def test_the_sketch_decides(head: str) -> None:
     torch.manual_seed(0)
-    network = ConvNet3().eval()
+    network, reading = ConvNet3().eval(), HEADS[head].reading
     answers = []
     for labels_are_sides in (False, True):
         images, labels = sided(200)
         labels = (torch.arange(200) >= 100).long() if labels_are_sides else labels
         x = images.permute(0, 3, 1, 2).float() / 128 - 1
-        answers.append(_best_views(network, x, None, labels, head, 0))
-        known = HEADS[head].reading(network, x)
-        assert _best_views(network, x, known, labels, head, 0) == answers[-1]
+        answers.append(_best_views(network, x, None, labels, head, reading, 0))
+        known = reading(network, x)
+        assert _best_views(network, x, known, labels, head, reading, 0) == answers[-1]
     assert answers[0] != "single" and answers[1] != "mirrored"
-    assert _best_views(network, x, None, torch.zeros(200).long(), head, 0) == "single"
+    assert _best_views(network, x, None, torch.zeros(200).long(), head, reading, 0) == "single"
 
 
 def test_the_papers_heads_read_single_images(predictor: pudnet.Predictor) -> None:

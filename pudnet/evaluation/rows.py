@@ -26,7 +26,7 @@ from pudnet.evaluation.baselines import pca_weights, random_weights
 from pudnet.evaluation.peers import ITERATIONS, TREES, fit_pixels
 from pudnet.evaluation.scratch import FINE_TUNING_LR, fine_tune, scratch_settings, train_from_scratch
 from pudnet.evaluation.tasks import Images, Task, draw
-from pudnet.features import COVARIANCE_CHANNELS, COVARIANCE_MAPS, VIEWS
+from pudnet.features import COVARIANCE_CHANNELS, COVARIANCE_MAPS, VIEWS, Reading
 from pudnet.finetuning import finetune, finetuning_settings
 from pudnet.heads import KERNEL_ROWS, KERNEL_VALUES, KERNEL_WIDTH, choose_head, fit_head
 from pudnet.predicted import VIEW_GAIN, finish
@@ -169,8 +169,12 @@ def _predicted(head: str, half: bool = False) -> Callable[[Bench, Task], Outcome
     return run
 
 
-def _finished(weights: Weights, head: str) -> Callable[[Bench, Task], Outcome]:
-    """The row of a network whose weights come from ``weights``; everything after them is as for predicted ones."""
+def _finished(weights: Weights, head: str, **options: Any) -> Callable[[Bench, Task], Outcome]:
+    """The row of a network whose weights come from ``weights``; everything after them is as for predicted ones.
+
+    Args:
+        options: of ``finish``.
+    """
 
     def run(bench: Bench, task: Task) -> Outcome:
         start = time.perf_counter()
@@ -179,7 +183,7 @@ def _finished(weights: Weights, head: str) -> Callable[[Bench, Task], Outcome]:
         sketch = bench.predictor.sketch(train.images, train.labels, seed=task.seed)
         network = weights(bench, task, sketch)
         made = time.perf_counter()
-        model = finish(network, source, sketch, bench.preprocess, head=head, seed=task.seed)
+        model = finish(network, source, sketch, bench.preprocess, head=head, seed=task.seed, **options)
         total = time.perf_counter() - start
         seconds = {"weights": made - start, "finish": total - (made - start), "total": total}
         return Outcome(_top1(bench, model, task), seconds, model.report["expected_accuracy"])
@@ -197,6 +201,11 @@ def _pca(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
 
 def _pca_of_other(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
     return _pca(bench, task, _other_sketch(bench, task))
+
+
+def _predicted_weights(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
+    with torch.no_grad():
+        return bench.predictor.net.network(sketch)
 
 
 def _predicted_from_other(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
@@ -375,6 +384,10 @@ ROWS: dict[str, Row] = {
             _finished(_predicted_from_noise, "auto"), uses_checkpoint=True, settings=BOTH),
         Row("predicted-kernel-mean", "predicted from the training datasets' mean embedding, kernel",
             _finished(_predicted_from_mean, "auto"), uses_checkpoint=True, needs_familiarity=True, settings=BOTH),
+        Row("predicted-kernel-single", "predicted weights, kernel, every image read once",
+            _finished(_predicted_weights, "auto", views="single"), uses_checkpoint=True, settings=BOTH),
+        Row("predicted-kernel-plain", "predicted weights, kernel without covariances",
+            _finished(_predicted_weights, "auto", reading=Reading()), uses_checkpoint=True, settings=BOTH),
         Row("undirected-kernel", "generated weights without directions, kernel", _finished(_undirected, "auto"),
             uses_checkpoint=True, settings=KERNEL),
         Row("unconditioned-kernel", "unconditioned network trained the same way, kernel",

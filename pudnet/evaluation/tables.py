@@ -28,6 +28,8 @@ DIFFERENCES = (
         "unconditioned-directions-kernel",
     ),
     ("directions (predicted, kernel, minus the same without)", "predicted-kernel", "undirected-kernel"),
+    ("covariances (predicted, kernel, minus the same without)", "predicted-kernel", "predicted-kernel-plain"),
+    ("further views (predicted, kernel, minus every image once)", "predicted-kernel", "predicted-kernel-single"),
     ("kernel head minus ridge head", "predicted-kernel", "predicted-ridge"),
     ("predicted, ridge, minus Adam 20 epochs", "predicted-ridge", "adam-20"),
     ("predicted, cosine, minus Adam 5 epochs", "predicted-cosine", "adam-5"),
