@@ -276,7 +276,7 @@ def test_interrupted_fine_tuning_goes_on(model: Path, data: Path, tmp_path: Path
         [sys.executable, "-m", "pudnet", *map(str, arguments), "-o", str(output)],
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "FORCE_COLOR": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "FORCE_COLOR": "1"},
     )
     assert process.stderr is not None
     seen = ""
