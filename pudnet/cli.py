@@ -160,7 +160,7 @@ def predict(
     views: Annotated[
         str | None,
         typer.Option(
-            help="Copies every image is read in: single, mirrored (twice as slow) or shifted (five times); "
+            help="Copies every image is read in: single, mirrored (twice as slow) or shifted (three times); "
             "by default what clearly helps.",
             show_default=False,
         ),

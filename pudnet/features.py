@@ -113,6 +113,12 @@ VIEWS: dict[str, tuple[View, ...]] = {
 }
 
 
+def check_views(where: str, views: str | None) -> None:
+    """Raise InputError, listing the views there are, unless ``views`` is one of them or None."""
+    if views is not None and views not in VIEWS:
+        raise InputError(message(where, "views", f"None or one of {', '.join(map(repr, VIEWS))}", repr(views)))
+
+
 @dataclass(frozen=True)
 class Reading:
     """What is read of feature maps: statistics of each map, each L2-normalised, side by side.
@@ -150,6 +156,9 @@ class Reading:
 
         Returns:
             ``[n, F]``.
+
+        Raises:
+            InputError, ShapeError: as for ``feature_maps`` and ``pool``.
         """
         parts: list[_Part] = []
         for view in VIEWS[views]:
@@ -171,11 +180,11 @@ class Reading:
             InputError: no maps.
             ShapeError: a map is neither 4-D nor 2-D.
         """
-        if not maps:
-            raise InputError(message("Reading.pool", "maps", "at least one feature map", "none"))
         return _joined(self._parts(maps))
 
     def _parts(self, maps: Sequence[Tensor]) -> list[_Part]:
+        if not maps:
+            raise InputError(message("Reading.pool", "maps", "at least one feature map", "none"))
         read = maps if self.layers == "all" else maps[-1:]
         last = len(read) - 1
         paired = {round(i * last / (COVARIANCE_MAPS - 1)) for i in range(COVARIANCE_MAPS)} if self.covariances else ()
@@ -200,10 +209,7 @@ class _Part(NamedTuple):
 
 
 def _joined(parts: Sequence[_Part]) -> Tensor:
-    units = (
-        F.normalize(values, dim=1) if weight == 1 else weight * F.normalize(values, dim=1) for values, weight in parts
-    )
-    return torch.cat(list(units), dim=1)
+    return torch.cat([weight * F.normalize(values, dim=1) for values, weight in parts], dim=1)
 
 
 def last_features(maps: Sequence[Tensor]) -> Tensor:
@@ -237,12 +243,11 @@ def _second_moments(feature_map: Tensor, paired: bool) -> list[_Part]:
     used = min(channels, COVARIANCE_CHANNELS)
     if not paired or used < 2:
         return [_Part(_root(centred.square().mean(dim=1)))]
-    variances = None if used == channels else centred.square().mean(dim=1)
+    some = centred
     if used < channels:
-        centred = centred.index_select(2, torch.arange(used, device=seen.device) * channels // used)
-    covariances = centred.transpose(1, 2) @ centred / places  # [n, used, used]
-    if variances is None:
-        variances = covariances.diagonal(dim1=1, dim2=2)
+        some = centred.index_select(2, torch.arange(used, device=seen.device) * channels // used)
+    covariances = some.transpose(1, 2) @ some / places  # [n, used, used]
+    variances = covariances.diagonal(dim1=1, dim2=2) if used == channels else centred.square().mean(dim=1)
     row, column = torch.triu_indices(used, used, 1, device=seen.device)
     pairs = covariances.flatten(1).index_select(1, row * used + column)
     return [_Part(_root(variances)), _Part(_root(pairs), places / (places + used))]

@@ -20,7 +20,7 @@ from pudnet.batchnorm import BATCH_SIZE, POLICIES, set_policy
 from pudnet.checkpoint import HubOptions
 from pudnet.data import ImageSource, Preprocess, open_images
 from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError, message, one_line
-from pudnet.features import VIEWS, Reading, feature_maps
+from pudnet.features import VIEWS, Reading, check_views, feature_maps
 from pudnet.heads import HEADS, Head, HeadFitter, choose_head, fit_head, head_from_config
 from pudnet.serving import Halves, Token, is_out_of_memory
 from pudnet.sketch import Sketch
@@ -453,6 +453,7 @@ def finish(
         clock: to go on counting on; None for a new one.
         reduce: what the head remembers of ``source`` -> what it remembers of all shards.
     """
+    check_views("finish", views)
     device = _device_of(network)
     clock = clock or StageClock(device)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -463,9 +464,11 @@ def finish(
     sketched = preprocess.resize(sketch.images[part])
     with clock.stage("calibration"):
         images = _prepared(preprocess, sketched, device)
-        if head == "auto":
+        if head == "auto" and growable:
+            head = "ridge"
+        elif head == "auto":
             width = (reading or HEADS["kernel"].reading)(network.eval(), images[:2]).shape[1]
-            head = "ridge" if growable else choose_head(int(sketch.seen.sum()), width)
+            head = choose_head(int(sketch.seen.sum()), width)
         reading = reading or HEADS[head].reading
         calibrated_on, features = _set_policy(network, batchnorm, images, seed, reading)
         known = None
@@ -497,12 +500,6 @@ def finish(
         "views": views,
     }
     return model
-
-
-def check_views(where: str, views: str | None) -> None:
-    """Raise InputError, listing the views there are, unless ``views`` is one of them or None."""
-    if views is not None and views not in VIEWS:
-        raise InputError(message(where, "views", f"None or one of {', '.join(map(repr, VIEWS))}", repr(views)))
 
 
 def _best_views(

@@ -25,7 +25,7 @@ from pudnet.data import ImageSource, open_images
 from pudnet.data.source import channels_last
 from pudnet.errors import DtypeError, InputError, message
 from pudnet.familiarity import familiarity
-from pudnet.features import feature_maps
+from pudnet.features import check_views, feature_maps
 from pudnet.heads import HeadFitter, check_head
 from pudnet.models.pudnet import PudNet
 from pudnet.optimised import OptimisedPudNet
@@ -33,7 +33,6 @@ from pudnet.predicted import (
     BATCH,
     Classification,
     PredictedModel,
-    check_views,
     expected_accuracy,
     finish,
     load,
@@ -279,7 +278,9 @@ class Predictor(hub.Shared):
             PudnetError: the model differs from the recorded one; the message lists what else does.
         """
         where = "Predictor.remake"
-        record = {"views": "single", **report.get("provenance", report)}  # models of before it existed have none
+        record = dict(report.get("provenance", report))
+        if "views" not in record:  # models of before have none, or whether they are mirrored: None where that was tried
+            record["views"] = {True: "mirrored", False: "single", None: None}[record.get("mirror", False)]
         steps = record.get("added", ())
         names = ("head", "batchnorm", "sketch_size", "seed", "split", "classes", "growable", "views")
         missing = {*names, "checkpoint", "sha256", "net_sha256", "sketch", "model_sha256"} - set(record)

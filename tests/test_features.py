@@ -206,11 +206,18 @@ def test_spread_is_finite_and_has_finite_gradients_where_nothing_varies() -> Non
     assert x.grad is not None and x.grad.isfinite().all()
 
 
+class Mapless(nn.Module):
+    def feature_maps(self, x: Tensor) -> list[Tensor]:
+        return []
+
+
 def test_bad_input() -> None:
     with pytest.raises(InputError, match="'all' or 'last'"):
         Reading("first")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="at least one feature map"):
         Reading().pool([])
+    with pytest.raises(InputError, match="at least one feature map"):
+        Reading()(Mapless(), images(2))
     with pytest.raises(ShapeError):
         Reading().pool([torch.rand(2, 3, 4)])
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 import pudnet
 from pudnet import checkpoint
+from pudnet.data import open_images
 from pudnet.errors import CheckpointError, InputError
 from pudnet.features import VIEWS
 from pudnet.heads import HEADS
-from pudnet.predicted import _best_views
+from pudnet.predicted import _best_views, finish
 from pudnet.targets import ConvNet3
 
 
@@ -79,6 +80,10 @@ def test_unknown_views_are_refused(predictor: pudnet.Predictor, tmp_path: Path) 
     images, labels = coloured(40)
     with pytest.raises(InputError, match="views must be None or one of 'single'"):
         predictor.predict(images, labels, views="both")
+    sketch = predictor.sketch(images, labels)
+    with pytest.raises(InputError, match="finish: views must be None or one of 'single'"):
+        source = open_images(images, labels, size=32)
+        finish(predictor.net.network(sketch), source, sketch, predictor.net.preprocess, views="both")
     model = predictor.predict(images, labels)
     model.views = "both"
     model.save(tmp_path / "model")
@@ -102,9 +107,10 @@ def test_files_of_before_read_as_they_did(predictor: pudnet.Predictor, mirrored:
     assert loaded.views == views and not loaded.head.reading.covariances
     assert torch.equal(logits_of(loaded, images), logits_of(model, images))
     record = model.report["provenance"]
-    if not mirrored:
-        del record["views"]
-        assert predictor.remake(record, images, labels).views == "single"
+    del record["views"]
+    if mirrored is not None:
+        record["mirror"] = mirrored
+    assert predictor.remake(record, images, labels).views == views
 
 
 def test_a_kernel_head_of_before_reads_no_covariances(predictor: pudnet.Predictor) -> None:

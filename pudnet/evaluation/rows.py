@@ -203,22 +203,24 @@ def _pca_of_other(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
     return _pca(bench, task, _other_sketch(bench, task))
 
 
-def _predicted_weights(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
+def _network(predictor: Predictor, sketch: Sketch) -> nn.Module:
     with torch.no_grad():
-        return bench.predictor.net.network(sketch)
+        return predictor.net.network(sketch)
+
+
+def _predicted_weights(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
+    return _network(bench.predictor, sketch)
 
 
 def _predicted_from_other(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
     """The other dataset's sketch decides the convolution weights and nothing else: BatchNorm and head see the task."""
-    with torch.no_grad():
-        return bench.predictor.net.network(_other_sketch(bench, task))
+    return _network(bench.predictor, _other_sketch(bench, task))
 
 
 def _predicted_from_noise(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
     """Pixels drawn at random under the sketch's labels: what the hypernetwork makes of no data at all."""
     noise = torch.randint(0, 256, sketch.images.shape, generator=draw(task.seed, "noise"), dtype=torch.uint8)
-    with torch.no_grad():
-        return bench.predictor.net.network(bench.predictor.sketch(noise, sketch.labels, seed=task.seed))
+    return _network(bench.predictor, bench.predictor.sketch(noise, sketch.labels, seed=task.seed))
 
 
 def _predicted_from_mean(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
@@ -251,8 +253,7 @@ def _generated(predictor: Predictor, sketch: Sketch) -> nn.Module:
 
 def _unconditioned_with_directions(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
     assert bench.unconditioned is not None
-    with torch.no_grad():
-        return bench.unconditioned.net.network(sketch)
+    return _network(bench.unconditioned, sketch)
 
 
 def _random_with_directions(bench: Bench, task: Task, sketch: Sketch) -> nn.Module:
