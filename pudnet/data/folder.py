@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pudnet.data.base import WHERE, ImageSource, check_counts, quoted
-from pudnet.data.pillow import UnreadableImageError, decode_file
+from pudnet.data.pillow import Array, UnreadableImageError, decode_file
 from pudnet.data.preprocess import Preprocess, array_tensor
 from pudnet.errors import InputError, message
 
@@ -23,6 +24,7 @@ THREADS = min(8, os.cpu_count() or 1)
 # several threads that take turns with it are slower than one.
 QUICK = 1e-3
 TRIED, MANY = 3, 64  # files by which that is found out, in folders of so many
+TOGETHER = 2**20  # values of images that are resized at once: much less overhead where they are small
 
 
 class FolderSource(ImageSource):
@@ -103,14 +105,35 @@ class FolderSource(ImageSource):
         return [pool.submit(self._decode_all, part) for part in ([paths] if together else [[path] for path in paths])]
 
     def _decode_all(self, paths: list[Path]) -> list[Tensor | str]:
-        return [self._decode(path) for path in paths]
+        """For each file uint8 [1, size, size, 3], or why there is none; neighbours of one shape are resized together.
 
-    def _decode(self, path: Path) -> Tensor | str:
-        """uint8 [1, size, size, 3], or why there is none. Files known to be unreadable are not tried again."""
+        Files known to be unreadable are not tried again.
+        """
+        found: list[Tensor | str] = []
+        alike: list[Array] = []
+
+        def resize() -> None:
+            if alike:
+                images = np.stack(alike) if len(alike) > 1 else alike[0][None]
+                found.extend(self._preprocess.resize(array_tensor(images)).split(1))
+                alike.clear()
+
+        for one in map(self._decode, paths):
+            if isinstance(one, str):
+                resize()
+                found.append(one)
+                continue
+            if alike and (one.shape != alike[0].shape or (len(alike) + 1) * one.size > TOGETHER):
+                resize()
+            alike.append(one)
+        resize()
+        return found
+
+    def _decode(self, path: Path) -> Array | str:
         if str(path) in self._reasons:
             return self._reasons[str(path)]
         try:
-            return self._preprocess.resize(array_tensor(decode_file(path))[None])
+            return decode_file(path)
         except UnreadableImageError as error:
             return str(error)
 

@@ -41,9 +41,12 @@ def rgb_array(image: Image) -> Array:
             values >>= 8
         grey: Array = values.clip(0, 255, out=values).astype(np.uint8)[..., None]
         return grey
-    if image.mode in ("1", "L") and "transparency" not in image.info:
-        return np.array(image.convert("L"))[..., None]
-    transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+    plain = "transparency" not in image.info
+    if image.mode in ("1", "L") and plain:
+        return np.array(image if image.mode == "L" else image.convert("L"))[..., None]
+    if image.mode == "RGB" and plain:
+        return np.array(image)
+    transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or not plain
     if image.mode == "La":  # Pillow converts premultiplied grey to LA only
         image = image.convert("LA")
     return np.array(image.convert("RGBA" if transparent else "RGB"))

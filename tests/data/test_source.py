@@ -78,6 +78,19 @@ def test_files_are_decoded_one_by_one_or_together(
     assert [Path(path).name for path, _ in source.skipped] == ["07.png"]
 
 
+def test_files_of_many_shapes_are_resized_as_each_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pudnet.data.folder.QUICK", 1e9)
+    monkeypatch.setattr("pudnet.data.folder.TOGETHER", 2500)
+    shapes = [(20, 31, 3)] * 3 + [(30, 18)] + [(16, 16, 3)] * 9 + [(64, 64, 3), (20, 31, 3)]
+    images = [noise(*shapes[number % len(shapes)], seed=number) for number in range(70)]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / "ab"[number >= 35] / f"{number:02}.png")
+    found = open_images(tmp_path, size=16).tensors()[0]
+    assert torch.equal(found, open_images(images, [0] * 35 + [1] * 35, size=16).tensors()[0])
+
+
 def test_an_abandoned_pass_does_no_harm(folder: Path) -> None:
     source = open_images(folder, size=8, batch_size=2)
     next(iter(source))
