@@ -277,8 +277,12 @@ class SketchBuilder:
         free = np.ones(len(self._images), dtype=np.bool_)
         free[self._slots[stay]] = False
         new_slots = np.flatnonzero(free)[: len(come)]
-        chosen = torch.from_numpy(rows[come - old]).to(batch.device)
-        self._images[torch.from_numpy(new_slots)] = batch[chosen].cpu()
+        # By numpy: torch would start its threads, which take the processor from those that decode images.
+        chosen = rows[come - old]
+        found = (
+            batch.numpy()[chosen] if batch.is_cpu else batch[torch.from_numpy(chosen).to(batch.device)].cpu().numpy()
+        )
+        self._images.numpy()[new_slots] = found
         self._slots = np.concatenate([self._slots[stay], new_slots])
         order = np.concatenate([stay, come])
         self._labels, self._keys, self._indices = all_labels[order], all_keys[order], all_indices[order]
