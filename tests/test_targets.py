@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pudnet.errors import InputError, ShapeError
 from pudnet.specs import WeightLayout
 from pudnet.targets import TARGETS, ConvNet3, UNet, build_target, resnet18, resnet34
+from pudnet.targets.folding import max_pool
 
 
 def _images(*shape: int) -> Tensor:
@@ -192,6 +193,23 @@ def test_batch_norms_are_part_of_the_convolutions_where_no_gradient_is_asked(
     with torch.no_grad():
         double = network.double()(images.double())
     assert (folded.double() - double).norm() < 1e-5 * double.norm()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 6), (2, 5, 7, 9), (1, 1, 2, 3), (0, 3, 4, 4)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_maxima_are_those_of_torch(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+    x = _images(*shape).contiguous(memory_format=layout)
+    if x.numel():
+        x[0, 0, 0, 0] = torch.nan
+    with torch.no_grad():
+        found, expected = max_pool(x), F.max_pool2d(x, 2)
+    assert torch.equal(found.nan_to_num(9.0), expected.nan_to_num(9.0))
+    assert not x.numel() or found.is_contiguous(memory_format=layout)
+    x = _images(*shape).zero_().requires_grad_()
+    max_pool(x).sum().backward()  # of equal values one has the gradient
+    assert x.grad is not None and set(x.grad.unique().tolist()) <= {0.0, 1.0}
+    with torch.no_grad(), pytest.raises(RuntimeError, match="too small"):
+        max_pool(_images(1, 2, 1, 8))
 
 
 @pytest.mark.parametrize("name", ["convnet3", "resnet18"])

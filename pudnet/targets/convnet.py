@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pudnet.targets.folding import conv_norm
+from pudnet.targets.folding import conv_norm, max_pool
 
 
 class ConvNet3(nn.Module):
@@ -25,7 +25,7 @@ class ConvNet3(nn.Module):
         maps = []
         for conv, norm in zip(self.convs, self.norms, strict=True):
             # The same as after ReLU, which has a quarter of the work here.
-            x = F.relu(F.max_pool2d(conv_norm(conv, norm, x), 2))
+            x = F.relu(max_pool(conv_norm(conv, norm, x)))
             maps.append(x)
         return maps
 

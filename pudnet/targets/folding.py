@@ -17,14 +17,27 @@ def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     are called where someone replaced them or watches them with hooks, and where ``x`` is followed through the network:
     a compiler does this by itself.
     """
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    followed = torch.is_grad_enabled() or torch.compiler.is_compiling() or tracing
-    if followed or type(x) is not Tensor or not _is_affine(norm) or not _is_usual(conv):
+    if _is_followed(x) or not _is_affine(norm) or not _is_usual(conv):
         return norm(conv(x))
     mean, variance = norm.running_mean, norm.running_var
     assert mean is not None and variance is not None
     weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias)
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def max_pool(x: Tensor) -> Tensor:
+    """``F.max_pool2d(x, 2)``, to the bit; on a CPU half the time where ``x`` is not followed through the network."""
+    if _is_followed(x) or not x.is_cpu or min(x.shape[2:]) < 2:
+        return F.max_pool2d(x, 2)
+    height, width = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2
+    rows = torch.maximum(x[:, :, 0:height:2], x[:, :, 1:height:2])
+    return torch.maximum(rows[..., 0:width:2], rows[..., 1:width:2])
+
+
+def _is_followed(x: Tensor) -> bool:
+    """Whether a tape, a tracer or a compiler looks at what happens to ``x``."""
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or tracing or type(x) is not Tensor
 
 
 def _is_affine(norm: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
