@@ -165,6 +165,9 @@ def predict(
             show_default=False,
         ),
     ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Two to three times as fast: no directions of the dataset, no copies.")
+    ] = False,
     page: Annotated[
         Path | None,
         typer.Option(
@@ -186,7 +189,7 @@ def predict(
         predictor = Predictor.from_pretrained(checkpoint, device=_device(device))
         model = predictor.predict(
             data, head=head, batchnorm=batchnorm, sketch_size=sketch_size, split=split, seed=seed, growable=growable,
-            views=views,
+            views=views, quick=quick,
         )  # fmt: skip
         model.save(claimed)
     if page is not None:

@@ -23,6 +23,7 @@ from pudnet.batchnorm import POLICIES
 from pudnet.checkpoint import HubOptions
 from pudnet.data import ImageSource, open_images
 from pudnet.data.source import channels_last
+from pudnet.directions import Trial
 from pudnet.errors import DtypeError, InputError, message
 from pudnet.familiarity import familiarity
 from pudnet.features import check_views, feature_maps
@@ -204,6 +205,7 @@ class Predictor(hub.Shared):
         classes: Sequence[str] | None = None,
         growable: bool = False,
         views: str | None = None,
+        quick: bool = False,
         cancel: Token | None = None,
     ) -> PredictedModel:
         """Predict a classifier for a dataset: read, sketch, weights, BatchNorm statistics, head.
@@ -229,6 +231,8 @@ class Predictor(hub.Shared):
                 ``"auto"`` is then ``"ridge"``.
             views: in how many copies every image is read, one of ``pudnet.features.VIEWS``: answers then take so many
                 times as long. None: what clearly helps a part of the sketch (``report["views"]`` says which).
+            quick: leave out what is tried on the sketch: the generated weights stay as they are, without directions of
+                the dataset, and every image is read once unless ``views`` says otherwise.
             cancel: a ``threading.Event`` or alike; looked at between stages and between batches of images.
 
         Raises:
@@ -251,6 +255,7 @@ class Predictor(hub.Shared):
             "classes": None if classes is None else list(classes),
             "growable": growable,
             "views": views,
+            "quick": quick,
             "together": 1,
             "backends": ran,
         }
@@ -281,8 +286,9 @@ class Predictor(hub.Shared):
         record = dict(report.get("provenance", report))
         if "views" not in record:  # models of before have none, or whether they are mirrored: None where that was tried
             record["views"] = {True: "mirrored", False: "single", None: None}[record.get("mirror", False)]
+        record.setdefault("quick", False)
         steps = record.get("added", ())
-        names = ("head", "batchnorm", "sketch_size", "seed", "split", "classes", "growable", "views")
+        names = ("head", "batchnorm", "sketch_size", "seed", "split", "classes", "growable", "views", "quick")
         missing = {*names, "checkpoint", "sha256", "net_sha256", "sketch", "model_sha256"} - set(record)
         if missing:
             rule = "of a model that Predictor.predict made"
@@ -324,6 +330,7 @@ class Predictor(hub.Shared):
         sketch_size: int = SKETCH_SIZE,
         seed: int = 0,
         split: str = "train",
+        quick: bool = False,
         cancel: Token | None = None,
     ) -> list[PredictedModel]:
         """Predict a classifier for each of several datasets; all weights are generated in one pass.
@@ -332,7 +339,7 @@ class Predictor(hub.Shared):
 
         Args:
             datasets: each what ``predict`` takes: a folder, a file, a ``Dataset``, or a pair ``(images, labels)``.
-            head, batchnorm, sketch_size, seed, split, cancel: as for ``predict``, the same for all.
+            head, batchnorm, sketch_size, seed, split, quick, cancel: as for ``predict``, the same for all.
 
         Returns:
             One model for each; its ``report["seconds"]["weights"]`` is its share of the common pass.
@@ -362,6 +369,7 @@ class Predictor(hub.Shared):
                 "classes": None,
                 "growable": False,
                 "views": None,
+                "quick": quick,
                 "together": len(sketches),
                 "backends": ran,
             }
@@ -390,6 +398,7 @@ class Predictor(hub.Shared):
         sketch_size: int = SKETCH_SIZE,
         seed: int = 0,
         split: str = "train",
+        quick: bool = False,
         timeout: float | None = None,
         cancel: Token | None = None,
         on_result: Callable[[int, PredictedModel | Exception], None] | None = None,
@@ -401,7 +410,7 @@ class Predictor(hub.Shared):
         Args:
             datasets: each what ``predict`` takes: a folder, a file, a ``Dataset``, or a pair ``(images, labels)``.
             workers: how many at a time; with ``OMP_NUM_THREADS=1`` as many as there are cores.
-            head, batchnorm, sketch_size, seed, split: as for ``predict``, the same for all.
+            head, batchnorm, sketch_size, seed, split, quick: as for ``predict``, the same for all.
             timeout: seconds for each dataset. One that takes longer fails with Cancelled at the next batch of images;
                 a read that never returns cannot be ended.
             cancel: a ``threading.Event`` or alike, looked at between stages and between batches of images.
@@ -422,8 +431,9 @@ class Predictor(hub.Shared):
 
         def predicted(pair: tuple[Any, Any], token: Token) -> PredictedModel:
             return self.predict(
-                *pair, head=head, batchnorm=batchnorm, sketch_size=sketch_size, seed=seed, split=split, cancel=token
-            )
+                *pair, head=head, batchnorm=batchnorm, sketch_size=sketch_size, seed=seed, split=split, quick=quick,
+                cancel=token,
+            )  # fmt: skip
 
         results = in_threads(
             predicted, _pairs(where, datasets), workers,
@@ -465,9 +475,11 @@ class Predictor(hub.Shared):
         reduce: Callable[[HeadFitter], HeadFitter] | None = None,
     ) -> PredictedModel:
         """Directions and ``finish``, and what made the model; ``seen`` is the sketch that decided the weights."""
+        quick = settings["quick"]
         with clock.stage("directions"):
-            trial = self.net.insert_directions(network, seen)
+            trial = Trial(False) if quick else self.net.insert_directions(network, seen)
         options = {name: settings[name] for name in ("head", "batchnorm", "seed", "growable", "views")}
+        options["views"] = options["views"] or ("single" if quick else None)
         model = finish(network, source, sample, self.net.preprocess, clock=clock, reduce=reduce, **options)
         model.target_name = self.net.target_name
         model.report["directions"] = trial._asdict()

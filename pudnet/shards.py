@@ -82,6 +82,7 @@ def predict(
         "classes": list(classes),
         "growable": False,
         "views": None,
+        "quick": False,
         "together": 1,
         "shards": world,
         "backends": ran,

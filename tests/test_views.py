@@ -127,3 +127,31 @@ def test_a_kernel_head_of_before_reads_no_covariances(predictor: pudnet.Predicto
 
 def test_every_view_has_the_image_itself_first() -> None:
     assert all(views[0] == (0, 0, False) for views in VIEWS.values())
+
+
+def test_a_quick_prediction_tries_nothing(predictor: pudnet.Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = coloured(20)
+    sketch = predictor.sketch(images, labels)
+    usual = predictor.predict(images, labels)
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("something was tried")
+
+    monkeypatch.setattr("pudnet.models.pudnet.try_directions", refuse)
+    monkeypatch.setattr("pudnet.predicted._best_views", refuse)
+    with pytest.raises(AssertionError, match="tried"):
+        predictor.predict(images, labels)
+    (batched,) = predictor.predict_batch([(images, labels)], quick=True)
+    (threaded,) = predictor.predict_many([(images, labels)], quick=True)
+    for model in (predictor.predict(images, labels, quick=True), batched, threaded):
+        assert model.views == "single" and not model.report["directions"]["helps"]
+        assert model.report["provenance"]["quick"] and not usual.report["provenance"]["quick"]
+        weights = dict(model.network.named_parameters())
+        for name, weight in predictor.generate(sketch).items():
+            assert torch.allclose(weights[name], weight)
+        assert predictor.remake(model.report, images, labels).views == "single"
+    assert predictor.predict(images, labels, quick=True, views="shifted").views == "shifted"
+    record = dict(usual.report["provenance"])
+    del record["quick"]  # of models of before
+    monkeypatch.undo()
+    assert torch.equal(logits_of(predictor.remake(record, images, labels), images), logits_of(usual, images))
