@@ -37,8 +37,10 @@ SECONDS = {
 }
 
 
-def made_run(optimizer: str, epochs: int, seconds: float, reached: float | None) -> Run:
-    return Run(optimizer, epochs, 0, seconds, reached, [(1.0, seconds, 0.5)])
+def made_run(optimizer: str, epochs: int, seconds: float, *tops: float) -> Run:
+    """A run measured at equal distances."""
+    parts = [((number + 1) / len(tops), top) for number, top in enumerate(tops)]
+    return Run(optimizer, epochs, 0, seconds, [(epochs * part, seconds * part, top) for part, top in parts])
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +60,11 @@ def colours(n: int, seed: int) -> Images:
 
 
 def test_the_run_that_is_first_counts_and_else_the_longest() -> None:
-    runs = [made_run("adam", 2, 2.0, None), made_run("sgd", 20, 20.0, 6.0), made_run("adam", 20, 21.0, 7.0)]
-    assert winner(runs) == Winner(True, "sgd", 20, 6.0)
-    assert winner([runs[0], made_run("sgd", 80, 70.0, None)]) == Winner(False, "sgd", 80, 70.0)
+    runs = [made_run("adam", 2, 2.0, 0.5), made_run("sgd", 20, 20.0, 0.6, 0.9), made_run("adam", 20, 22.0, 0.6, 0.95)]
+    assert winner(runs, 0.6) == Winner(True, "sgd", 20, 10.0)
+    assert winner(runs, 0.9) == Winner(True, "sgd", 20, 20.0)
+    assert winner(runs, 0.95) == Winner(True, "adam", 20, 22.0)
+    assert winner([runs[0], made_run("sgd", 80, 70.0, 0.7)], 0.8) == Winner(False, "sgd", 80, 70.0)
 
 
 def test_time_of_an_accuracy_lies_between_the_points() -> None:
@@ -85,12 +89,12 @@ def test_schedules_go_on_until_one_is_as_accurate_or_the_budget_is_spent(checkpo
     settings = Settings(checkpoint, epochs=(1, 40, 30))
     runs, left_out = train(settings, bench, task, 0.0, 1e9, lambda run: None)
     assert [(run.optimizer, run.epochs) for run in runs] == [("adam", 1), ("sgd", 1)] and left_out == []
-    assert all(run.reached == 0 for run in runs)
+    assert all(first_reached(run.curve, 0.0) == 0 for run in runs)
     assert len(runs[0].curve) == 2  # two steps: no more points than steps
     poor = Settings(checkpoint, epochs=(1, 10**6))
     runs, left_out = train(poor, bench, task, 1.1, 60, lambda run: None)
     assert len(runs) == 2 and left_out == ["adam, 1000000 epochs", "sgd, 1000000 epochs"]
-    assert all(run.reached is None for run in runs)
+    assert not winner(runs, 1.1).reached
 
 
 def test_images_become_files_in_the_order_of_their_labels(tmp_path: Path) -> None:
@@ -114,17 +118,23 @@ def test_command(
     command = [*common, "--datasets", "digits", "mnist", "--repeats", "2", "--epochs", "1", "2"]
     assert main([*command, "--peers", "pixels-mean", "random-ridge", "finetune-5"]) == 0
     shown = capsys.readouterr()
-    assert "| Colours |" in shown.out and "nearest class mean" in shown.out and "mnist: left out" in shown.err
+    assert (
+        "| Colours, full |" in shown.out
+        and "| Colours, quick |" in shown.out
+        and "nearest class mean" in shown.out
+        and "mnist: left out" in shown.err
+    )
     (numbers,) = (tmp_path / "results").glob("training-time-*.json")
     assert "<svg" in numbers.with_suffix(".svg").read_text()
     document = json.loads(numbers.read_text())
     (record,) = document["datasets"]
     assert list(document["skipped"]) == ["mnist"] and record["n_train"] == 90
     assert set(record["peers"]) == {"pixels-mean", "random-ridge"}  # fine-tuning needs another dataset
-    seconds = record["prediction"]["seconds"]
-    spent = record["prediction"]["ways_to_count"]
-    assert spent["weights"] == seconds["weights"] <= spent["directed"] < spent["classifier"] < spent["files"]
-    counted = record["training"]["winner"]["seconds"]
-    assert record["ratios"] == pytest.approx({way: counted / value for way, value in spent.items()})
+    assert list(record["predictions"]) == ["full", "quick"]
+    for prediction in record["predictions"].values():
+        seconds, spent = prediction["seconds"], prediction["ways_to_count"]
+        assert spent["weights"] == seconds["weights"] <= spent["directed"] < spent["classifier"] < spent["files"]
+        counted = prediction["training"]["seconds"]
+        assert prediction["ratios"] == pytest.approx({way: counted / value for way, value in spent.items()})
     assert main([*common, "--datasets", "mnist"]) == 2
     assert "mnist.npz" in capsys.readouterr().err
