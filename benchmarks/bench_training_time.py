@@ -2,10 +2,10 @@
 
     python -m pytest benchmarks/bench_training_time.py
 
-takes about three minutes; the second half of `make bench-train`, whose first half (pudnet.evaluation.training_time) trains
-and writes results/training-time-<machine>.json. A row's extra_info has the seconds of every stage in this run, the
-seconds of training from that file, and the ratios of the two; a lower bound where training was never as accurate. No
-timing without agreement: the accuracy must be the one in the file. PUDNET_BENCH_DEVICE and PUDNET_BENCH_DATA choose
+takes about three minutes; the second half of `make bench-train`, whose first half (pudnet.evaluation.training_time)
+trains and writes results/training-time-<machine>.json. A row's extra_info has the seconds of every stage in this run,
+the seconds of training from that file, and the ratios of the two; a lower bound where training was never as accurate.
+No timing without agreement: the accuracy must be the one in the file. PUDNET_BENCH_DEVICE and PUDNET_BENCH_DATA choose
 the device and the folder of the image sets.
 """
 

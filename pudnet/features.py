@@ -5,6 +5,7 @@ n images, C channels, H x W pixels, g pooling grid, F features.
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Sequence
@@ -99,10 +100,17 @@ class View(NamedTuple):
         """The copies of images ``[n, C, H, W]``, each moved by a pixel at least where it is moved at all."""
         for dim, steps in ((2, self.down), (3, self.right)):
             if steps:
-                side = x.shape[dim]
-                places = torch.arange(side, device=x.device) - steps * max(1, round(side / 32))
-                x = x.index_select(dim, places.clamp(0, side - 1))
+                x = _moved(x, dim, steps * max(1, round(x.shape[dim] / 32)))
         return x.flip(-1) if self.mirrored else x
+
+
+def _moved(x: Tensor, dim: int, by: int) -> Tensor:
+    """``x`` moved along ``dim``, by at most its size, its border repeated."""
+    side, sizes = x.shape[dim], [-1] * x.dim()
+    sizes[dim] = abs(by)
+    if by > 0:
+        return torch.cat([x.narrow(dim, 0, 1).expand(sizes), x.narrow(dim, 0, side - by)], dim)
+    return torch.cat([x.narrow(dim, -by, side + by), x.narrow(dim, side - 1, 1).expand(sizes)], dim)
 
 
 # In how many copies an image is read, by name.
@@ -160,12 +168,16 @@ class Reading:
         Raises:
             InputError, ShapeError: as for ``feature_maps`` and ``pool``.
         """
-        parts: list[_Part] = []
-        for view in VIEWS[views]:
-            seen = view.of(x).contiguous(memory_format=torch.channels_last)
-            found = self._parts(feature_maps(module, seen))
-            parts = [a.plus(b) for a, b in zip(parts, found, strict=True)] if parts else found
-        return _joined(parts)
+        return _joined(functools.reduce(_summed, (self._seen(module, x, view) for view in VIEWS[views])))
+
+    def in_all_views(self, module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+        """What the call gives for each of ``VIEWS``; every copy of the images is read once."""
+        copies = dict.fromkeys(view for views in VIEWS.values() for view in views)
+        seen = {view: self._seen(module, x, view) for view in copies}
+        return {name: _joined(functools.reduce(_summed, map(seen.__getitem__, views))) for name, views in VIEWS.items()}
+
+    def _seen(self, module: nn.Module, x: Tensor, view: View) -> list[_Part]:
+        return self._parts(feature_maps(module, view.of(x).contiguous(memory_format=torch.channels_last)))
 
     def pool(self, maps: Sequence[Tensor]) -> Tensor:
         """The features of images that were seen once. Traceable by ``torch.export`` with a dynamic n.
@@ -204,8 +216,9 @@ class _Part(NamedTuple):
     values: Tensor
     weight: float = 1.0
 
-    def plus(self, other: _Part) -> _Part:
-        return _Part(self.values + other.values, self.weight)
+
+def _summed(first: Sequence[_Part], second: Sequence[_Part]) -> list[_Part]:
+    return [_Part(a.values + b.values, a.weight) for a, b in zip(first, second, strict=True)]
 
 
 def _joined(parts: Sequence[_Part]) -> Tensor:

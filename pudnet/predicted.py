@@ -474,17 +474,22 @@ def finish(
             head = choose_head(int(sketch.seen.sum()), width)
         reading = reading or HEADS[head].reading
         calibrated_on, features = _set_policy(network, batchnorm, images, seed, reading)
-        known = None
-        if features is not None and len(sketch.streams) == 1:
-            known = _Known(sketch.indices[part], sketched, features)
+        rows = torch.arange(len(part))  # of `part`, whose features are known
         if views is None:
             views = "single"
             if head in VIEWED and batchnorm != "batch" and sketch.labels is not None:
-                views = _best_views(network, images, features, sketch.labels[part], head, reading, seed)
+                tried = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed))[:VIEWS_TRIAL]
+                views, found = _best_views(network, images[tried], sketch.labels[part[tried]], head, reading)
+                if views != "single":
+                    rows, features = tried, found
+        elif views != "single":
+            features = None
+        known = None
+        if features is not None and len(sketch.streams) == 1:
+            known = _Known(sketch.indices[part[rows]], sketched[rows], features)
     fitter = HeadFitter(head, len(source.classes), seed=seed, reading=reading)
     with clock.stage("head"):
         batches = clock.iterate("reading", ordered(source, batchnorm, seed))
-        known = known if views == "single" else None
         fitter.add(_read(network, preprocess, batches, batchnorm, clock, halves, reading, views, known))
         fitter = reduce(fitter) if reduce else fitter
         fitted = fitter.fit()
@@ -506,36 +511,34 @@ def finish(
 
 
 def _best_views(
-    network: nn.Module, images: Tensor, features: Tensor | None, labels: Tensor, head: str, reading: Reading, seed: int
-) -> str:
-    """With which views the head's leave-one-out likelihood of some of the images is best; more only where it is clear.
+    network: nn.Module, images: Tensor, labels: Tensor, head: str, reading: Reading
+) -> tuple[str, Tensor | None]:
+    """With which views the head's leave-one-out likelihood of the images is best; more only where it is clear.
 
-    Args:
-        features: what the head reads of the images seen once, where that is known already.
+    Returns:
+        The views, and what is read of the images with them, where they are several.
     """
-    rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:VIEWS_TRIAL]
-    classes, answers = labels[rows].unique(return_inverse=True)
+    classes, answers = labels.unique(return_inverse=True)
     if len(classes) < 2:
-        return "single"
-    size = _cpu_batch(images.shape[2:])
+        return "single", None
 
     def trial(views: str) -> tuple[float, float]:
         """Negative log-likelihood, with what further views have to save on top of it, and squared error."""
-        parts: Iterable[Tensor] = (reading(network, part, views) for part in images[rows].split(size))
-        if views == "single" and features is not None:
-            parts = features[rows].split(size)
-        info = fit_head(head, zip(parts, answers.split(size), strict=True), len(classes)).info
+        info = fit_head(head, [(features[views], answers)], len(classes)).info
         return info["loo_nll"] / (1 - VIEW_GAIN * (len(VIEWS[views]) - 1)), info["loo_squared_error"]
 
     try:
+        read = [reading.in_all_views(network, part) for part in images.split(_cpu_batch(images.shape[2:]))]
+        features = {views: torch.cat([some[views] for some in read]) for views in VIEWS}
         trials = {views: trial(views) for views in VIEWS}
-        # Where nearly all is right already the likelihood hangs on a few images; the squared error on all of them.
-        better = [views for views in VIEWS if trials[views][1] <= trials["single"][1]]
-        return min(better, key=lambda views: trials[views][0])
     except Exception as problem:
         if not is_out_of_memory(problem):
             raise
-        return "single"
+        return "single", None
+    # Where nearly all is right already the likelihood hangs on a few images; the squared error on all of them.
+    better = [views for views in VIEWS if trials[views][1] <= trials["single"][1]]
+    best = min(better, key=lambda views: trials[views][0])
+    return best, features[best] if best != "single" else None
 
 
 def _prepared(preprocess: Preprocess, images: Tensor, device: torch.device) -> Tensor:

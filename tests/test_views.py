@@ -63,11 +63,14 @@ def test_the_sketch_decides(head: str) -> None:
         images, labels = sided(200)
         labels = (torch.arange(200) >= 100).long() if labels_are_sides else labels
         x = images.permute(0, 3, 1, 2).float() / 128 - 1
-        answers.append(_best_views(network, x, None, labels, head, reading, 0))
-        known = reading(network, x)
-        assert _best_views(network, x, known, labels, head, reading, 0) == answers[-1]
+        views, features = _best_views(network, x, labels, head, reading)
+        if views == "single":
+            assert features is None
+        else:
+            assert features is not None and torch.allclose(features, reading(network, x, views), atol=1e-6)
+        answers.append(views)
     assert answers[0] != "single" and answers[1] != "mirrored"
-    assert _best_views(network, x, None, torch.zeros(200).long(), head, reading, 0) == "single"
+    assert _best_views(network, x, torch.zeros(200).long(), head, reading) == ("single", None)
 
 
 def test_the_papers_heads_read_single_images(predictor: pudnet.Predictor) -> None:
