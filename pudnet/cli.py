@@ -166,7 +166,7 @@ def predict(
         ),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Two to three times as fast: no directions of the dataset, no copies.")
+        bool, typer.Option("--quick", help="Half the time or less: neither directions of the dataset nor copies are tried.")
     ] = False,
     page: Annotated[
         Path | None,

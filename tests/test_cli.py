@@ -129,6 +129,11 @@ def test_predict_json(tiny: Path, data: Path, tmp_path: Path) -> None:
     assert found["model"] == str(out) and pudnet.load(out).report["provenance"] == found["provenance"]
 
 
+def test_predict_quick(tiny: Path, data: Path, tmp_path: Path) -> None:
+    found = run_json("predict", data, "-o", tmp_path / "m.safetensors", "--checkpoint", tiny, "--quick")
+    assert found["provenance"]["quick"] and found["views"] == "single" and not found["directions"]["helps"]
+
+
 def test_evaluate_is_repeatable(model: Path, data: Path) -> None:
     first, again = (run_json("evaluate", model, data) for _ in range(2))
     assert first["n"] == 12 and first["top1"] > 0.9
