@@ -852,21 +852,31 @@ def _best_lambda(solve: Solver, scale: float, start: int = 0, grid: range = LAMB
 
     The error is smooth and, but for odd cases, has one minimum, so walking from near where image features have theirs
     (lambda = scale, less for a kernel) until it rises finds it in two or three steps instead of the whole grid. Slopes
-    tell which way to begin, and whether the minimum lies between the last two.
+    tell which way to begin, and whether the minimum lies between the last two; where there are some, a long walk takes
+    larger and larger steps, and goes back where it went too far.
     """
 
     def solve_at(exponent: int) -> _Solution | None:
         return solve(exponent, scale * 10.0 ** (exponent / 2))
 
-    def walk(best: _Solution, step: int) -> _Solution:
-        while best.exponent + step in grid:
-            found = solve_at(best.exponent + step)
-            if found is None or not found.error < best.error:
-                break
-            best = found
-            if found.slope is not None and found.slope * step > 0:
-                break
-        return best
+    def walk(best: _Solution, way: int, longest: int = 8, limit: int | None = None) -> _Solution:
+        """Downhill from ``best`` in the direction ``way``, up to before ``limit``."""
+        steps = 0
+        while True:
+            step = 1 if best.slope is None else min(longest, max(1, 2 ** (steps - 1)))  # 1, 1, 2, 4
+            exponent = min(max(best.exponent + way * step, grid[0]), grid[-1])
+            if exponent in (best.exponent, limit):
+                return best
+            found = solve_at(exponent)
+            lower = found is not None and found.error < best.error
+            passed = not lower or (found.slope is not None and found.slope * way > 0)
+            if passed and abs(exponent - best.exponent) > 1:
+                best = walk(best, way, 1, exponent)
+            if found is not None and found.error < best.error:
+                best = found
+            if passed:
+                return best
+            steps += 1
 
     middle = solve_at(start)
     if middle is None:  # of a kernel that is not positive semidefinite, by rounding of distances

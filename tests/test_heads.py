@@ -28,6 +28,7 @@ from pudnet.heads import (
     _dual_solver,
     _primal_solver,
     _Reservoir,
+    _Solution,
     choose_head,
     fit_head,
     fit_temperature,
@@ -216,6 +217,23 @@ def test_lambda_is_the_best_of_the_whole_grid(noise: float) -> None:
     grid = [solve(e, scale * 10 ** (e / 2)) for e in range(-8, 7)]
     best = min((s for s in grid if s is not None), key=lambda s: s.error)
     assert _best_lambda(solve, scale).exponent == best.exponent
+
+
+@pytest.mark.parametrize("sloped", [True, False])
+@pytest.mark.parametrize("minimum", [-20.0, -8.0, -6.6, -6.1, -5.4, -4.0, -2.6, -2.0, 0.3, 2.8, 5.5, 20.0])
+def test_the_search_for_lambda_walks_to_the_minimum(minimum: float, sloped: bool) -> None:
+    seen: list[int] = []
+
+    def solve(exponent: int, lam: float) -> _Solution:
+        seen.append(exponent)
+        assert lam == pytest.approx(10 ** (exponent / 2))
+        slope = exponent - minimum if sloped else None
+        return _Solution(abs(exponent - minimum), slope, exponent, lam, lambda: None, torch.empty(0))  # type: ignore[arg-type, return-value]
+
+    assert _best_lambda(solve, 1.0, -2).exponent == min(range(-8, 7), key=lambda e: abs(e - minimum))
+    assert len(seen) == len(set(seen)) and all(-8 <= exponent <= 6 for exponent in seen)
+    if sloped and minimum == -20:
+        assert seen == [-2, -3, -4, -6, -8]
 
 
 def test_slope_is_the_derivative_of_the_error() -> None:
