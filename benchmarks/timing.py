@@ -32,8 +32,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 DEVICE = torch.device(os.environ.get("PUDNET_BENCH_DEVICE", "cpu"))
 SECONDS = float(os.environ.get("PUDNET_BENCH_SECONDS", "1.5"))  # of timing for one row, more or less
 COMPILE = os.environ.get("PUDNET_BENCH_COMPILE") == "1"  # torch.compile wherever it can run, not only where it is quick
-LEAST_ROUNDS, MOST_ROUNDS = 9, 100
-FEW_ROUNDS, LONG = 5, 0.5  # at least, of the reference against itself and of rounds that take so many seconds
+LEAST_ROUNDS, MOST_ROUNDS = 5, 100
 SITTINGS = 3  # at most: a row whose halves tell different ratios is timed again
 MOVES, MOVABLE = 3, 0.3  # how often a row's memory lies elsewhere, where a round takes fewer seconds than that
 WARM_UPS = 1
@@ -247,9 +246,7 @@ def measure(
     memory = peak_memory(candidate)
     rate = copy.rate()
     both = seconds(candidate)[0] + seconds(reference)[0]
-    own = benchmark.extra_info.get("backend") == "reference"
-    least = FEW_ROUNDS if own or both > LONG else LEAST_ROUNDS
-    rounds = max(least, min(MOST_ROUNDS, int(SECONDS / max(both, 1e-6))))
+    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(SECONDS / max(both, 1e-6))))
     movable = DEVICE.type == "cpu" and both < MOVABLE
     moves = {WARM_UPS + rounds * move // MOVES for move in range(1, MOVES)} if movable else ()
     references: list[float] = []
