@@ -166,7 +166,7 @@ def predict(
         ),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Half the time or less: neither directions of the dataset nor copies are tried.")
+        bool, typer.Option("--quick", help="Half the time or less: directions of the dataset and copies are not tried.")
     ] = False,
     page: Annotated[
         Path | None,

@@ -868,8 +868,9 @@ def _best_lambda(solve: Solver, scale: float, start: int = 0, grid: range = LAMB
             if exponent in (best.exponent, limit):
                 return best
             found = solve_at(exponent)
-            lower = found is not None and found.error < best.error
-            passed = not lower or (found.slope is not None and found.slope * way > 0)
+            passed = (
+                found is None or not found.error < best.error or (found.slope is not None and found.slope * way > 0)
+            )
             if passed and abs(exponent - best.exponent) > 1:
                 best = walk(best, way, 1, exponent)
             if found is not None and found.error < best.error:
