@@ -166,7 +166,7 @@ def predict(
         ),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Half the time or less: directions of the dataset and copies are not tried.")
+        bool, typer.Option("--quick", help="Faster: directions of the dataset and copies of its images are not tried.")
     ] = False,
     page: Annotated[
         Path | None,

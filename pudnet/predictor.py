@@ -479,7 +479,8 @@ class Predictor(hub.Shared):
         with clock.stage("directions"):
             trial = Trial(False) if quick else self.net.insert_directions(network, seen)
         options = {name: settings[name] for name in ("head", "batchnorm", "seed", "growable", "views")}
-        options["views"] = options["views"] or ("single" if quick else None)
+        if quick:
+            options["views"] = options["views"] or "single"
         model = finish(network, source, sample, self.net.preprocess, clock=clock, reduce=reduce, **options)
         model.target_name = self.net.target_name
         model.report["directions"] = trial._asdict()
