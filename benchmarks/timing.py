@@ -32,9 +32,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 DEVICE = torch.device(os.environ.get("PUDNET_BENCH_DEVICE", "cpu"))
 SECONDS = float(os.environ.get("PUDNET_BENCH_SECONDS", "1.5"))  # of timing for one row, more or less
 COMPILE = os.environ.get("PUDNET_BENCH_COMPILE") == "1"  # torch.compile wherever it can run, not only where it is quick
-LEAST_ROUNDS, MOST_ROUNDS = 5, 100
-SITTINGS = 3  # at most: a row whose halves tell different ratios is timed again
-MOVES, MOVABLE = 3, 0.3  # how often a row's memory lies elsewhere, where a round takes fewer seconds than that
+LEAST_ROUNDS, MOST_ROUNDS = 2, 25  # of a sitting
+SITTINGS = 4  # of a row, minutes apart: neighbours slow a machine down for longer than a row takes
 WARM_UPS = 1
 NOISE = 1.1  # ratios of the same thing may differ by this factor
 COPY_BYTES = 70 << 20  # as much as ResNet-18's generation reads and writes, half each; far more than a CPU's caches
@@ -197,8 +196,8 @@ class Paired:
         return statistics.median(slow / max(fast, 1e-9) for fast, slow in pairs)
 
     def longer(self, candidate: Run, reference: Run, rounds: int) -> Paired:
-        """The same with ``rounds`` more of them."""
-        more = [(seconds(reference)[0], seconds(candidate)[0]) for _ in range(rounds)]
+        """The same with ``rounds`` more of them, after one that warms up."""
+        more = [(seconds(reference)[0], seconds(candidate)[0]) for _ in range(WARM_UPS + rounds)][WARM_UPS:]
         slow, fast = zip(*more, strict=True)
         return Paired([*self.candidate, *fast], [*self.reference, *slow])
 
@@ -208,6 +207,37 @@ class Paired:
         half = len(self.candidate) // 2
         halves = self.ratio(0, half), self.ratio(half)
         return max(halves) > NOISE * min(halves)
+
+
+@dataclass
+class Row:
+    """A row that will be timed again: what ran, how long in all sittings so far, and where its columns go."""
+
+    candidate: Run
+    reference: Run
+    rounds: int  # of a sitting
+    paired: Paired
+    columns: dict[str, Any]
+    moved: int  # bytes
+    rate: float  # of copying, bytes a second
+
+    def again(self) -> None:
+        """One more sitting; results come to lie in other pages, which changes their time by a quarter, and is luck."""
+        give_back_freed()
+        self.paired = self.paired.longer(self.candidate, self.reference, self.rounds)
+        self.tell()
+
+    def tell(self) -> None:
+        """Write what all sittings together say."""
+        median = statistics.median(self.paired.candidate)
+        self.columns |= {
+            "median_ms": 1e3 * median,
+            "reference_ms": 1e3 * statistics.median(self.paired.reference),
+            "times_faster": self.paired.ratio(),
+            "noisy": self.paired.noisy,
+            "rounds": len(self.paired.candidate),
+            "share_of_copy": self.moved / median / self.rate,
+        }
 
 
 def measure(
@@ -220,8 +250,8 @@ def measure(
     tolerance: float,
     reads: Any = (),
     kept: bool = False,
-) -> None:
-    """Check ``candidate``, then time it in turn with ``reference``, as one row of pytest-benchmark.
+) -> Row | None:
+    """Check ``candidate``, then time it in turn with ``reference``, as one row of pytest-benchmark: its first sitting.
 
     Args:
         benchmark: pytest-benchmark's fixture.
@@ -231,6 +261,9 @@ def measure(
         tolerance: of ``disagreement``.
         reads: the tensors the candidate has to read at least once; what it returns is what it has to write.
         kept: whether the candidate returns memory it uses again, which the check must not leave to be found there.
+
+    Returns:
+        What the further sittings need; None with --benchmark-disable.
 
     Raises:
         AssertionError: the candidate's result is wrong.
@@ -246,46 +279,32 @@ def measure(
     memory = peak_memory(candidate)
     rate = copy.rate()
     both = seconds(candidate)[0] + seconds(reference)[0]
-    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(SECONDS / max(both, 1e-6))))
-    movable = DEVICE.type == "cpu" and both < MOVABLE
-    moves = {WARM_UPS + rounds * move // MOVES for move in range(1, MOVES)} if movable else ()
+    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(SECONDS / SITTINGS / max(both, 1e-6))))
     references: list[float] = []
-
-    def before() -> None:
-        if len(references) in moves:
-            give_back_freed()
-            reference()
-            candidate()
-        references.append(seconds(reference)[0])
 
     def run() -> Any:
         result = candidate()
         synchronise()
         return result
 
-    benchmark.pedantic(run, setup=before, rounds=rounds, warmup_rounds=WARM_UPS)
+    benchmark.pedantic(
+        run, setup=lambda: references.append(seconds(reference)[0]), rounds=rounds, warmup_rounds=WARM_UPS
+    )
     if benchmark.stats is None:  # --benchmark-disable: the check was all
-        return
-    paired = Paired(list(benchmark.stats.stats.data), references[WARM_UPS:])
-    for _ in range(SITTINGS - 1):
-        if paired.noisy:
-            paired = paired.longer(candidate, reference, rounds)
-    median = statistics.median(paired.candidate)
+        return None
     benchmark.extra_info |= {
-        "median_ms": 1e3 * median,
-        "reference_ms": 1e3 * statistics.median(paired.reference),
-        "times_faster": paired.ratio(),
-        "noisy": paired.noisy,
-        "rounds": len(paired.candidate),
         "first_call_ms": 1e3 * first_call,
         "error": error,
         "bytes_moved": moved,
-        "share_of_copy": moved / median / rate,
         "copy_gb_s": rate / 1e9,
         "peak_memory_bytes": memory,
     }
+    paired = Paired(list(benchmark.stats.stats.data), references[WARM_UPS:])
+    row = Row(candidate, reference, rounds, paired, benchmark.extra_info, moved, rate)
+    row.tell()
     if DEVICE.type == "cuda":
         benchmark.extra_info |= host_and_device(candidate)
+    return row
 
 
 def host_and_device(run: Run, repeats: int = 20) -> dict[str, float]:

@@ -12,6 +12,7 @@ import torch
 
 import pudnet
 from pudnet import _extension, backends
+from pudnet.data import png
 
 
 def info() -> dict[str, Any]:
@@ -19,8 +20,8 @@ def info() -> dict[str, Any]:
 
     Returns:
         ``versions`` (of pudnet, Python and the packages it uses; None where not installed), ``cpu``, ``gpus``,
-        ``extension`` (its build, or the reason why it is not used), and ``backends``: device -> op -> backend ->
-        reasons why it cannot run, empty where it can.
+        ``extension`` (its build, or the reason why it is not used), ``small_png_files`` (what reads them), and
+        ``backends``: device -> op -> backend -> reasons why it cannot run, empty where it can.
     """
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return {
@@ -29,7 +30,7 @@ def info() -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
-            **{name: _version(name) for name in ("numpy", "triton", "safetensors")},
+            **{name: _version(name) for name in ("numpy", "triton", "safetensors", "Pillow")},
         },
         "platform": platform.platform(),
         "cpu": {
@@ -40,6 +41,7 @@ def info() -> dict[str, Any]:
         },
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
         "extension": _extension_info(),
+        "small_png_files": _png_reader(),
         "backends": {device: backends.explain(device) for device in devices},
     }
 
@@ -67,6 +69,13 @@ def _gpu(index: int) -> dict[str, Any]:
         "capability": f"{properties.major}.{properties.minor}",
         "memory_gib": round(properties.total_memory / 2**30, 1),
     }
+
+
+def _png_reader() -> str:
+    module = png.opencv()
+    if module is None:
+        return "Pillow; OpenCV, which takes half of the time, is not installed: pip install 'pudnet[opencv]'"
+    return f"OpenCV {module.__version__}"
 
 
 def _extension_info() -> dict[str, Any]:

@@ -7,7 +7,10 @@ import sys
 
 import pudnet
 
-OPTIONAL = ("PIL", "typer", "rich", "matplotlib", "safetensors", "triton", "huggingface_hub", "sklearn", "tensorboard")
+OPTIONAL = (
+    *("PIL", "cv2", "typer", "rich", "matplotlib", "safetensors", "triton", "huggingface_hub", "sklearn"),
+    "tensorboard",
+)
 
 
 def test_library_works_without_optional_packages() -> None:

@@ -87,7 +87,7 @@ ALLOWED = {
     "evaluation": (USERS | {"memory"}) - {"training"},
     "demo": USERS - {"training"},
     "report": USERS - {"training", "demo"},
-    "info": OPS,
+    "info": OPS | {"data"},
     "cli": USERS | {"cli", "memory", "report"},
     "__main__": {"cli"},
 }
@@ -100,6 +100,7 @@ HEAVY = (
     "onnxruntime",
     "onnxscript",
     "PIL",
+    "cv2",
     "typer",
     "rich",
     "matplotlib",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pudnet.data.png import decode_plain_png
 from pudnet.errors import InputError, message
 
 if TYPE_CHECKING:
@@ -66,14 +67,18 @@ def decode_file(path: str | os.PathLike[str]) -> Array:
     """
     from PIL import Image, UnidentifiedImageError
 
+    limit = Image.MAX_IMAGE_PIXELS
     try:
-        # Pillow reads in small pieces: from memory that is a fifth faster. A large file may be no image.
         with open(path, "rb") as file:
-            small = os.fstat(file.fileno()).st_size <= SMALL_FILE
-            image = Image.open(io.BytesIO(file.read()) if small else file)
+            if os.fstat(file.fileno()).st_size > SMALL_FILE:  # which may be no image
+                image = Image.open(file)
+            else:
+                content = file.read()
+                if (pixels := decode_plain_png(content, limit)) is not None:
+                    return pixels
+                image = Image.open(io.BytesIO(content))  # Pillow reads in small pieces: a fifth faster from memory
             if image.format == "EPS":  # Pillow would hand it to an external PostScript interpreter
                 raise ValueError("PostScript is not read")
-            limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and image.width * image.height > limit:
                 raise ValueError(f"{image.width} x {image.height} pixels, more than Pillow's limit of {limit}")
             return rgb_array(image)
