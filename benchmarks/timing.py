@@ -32,10 +32,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 DEVICE = torch.device(os.environ.get("PUDNET_BENCH_DEVICE", "cpu"))
 SECONDS = float(os.environ.get("PUDNET_BENCH_SECONDS", "1.5"))  # of timing for one row, more or less
 COMPILE = os.environ.get("PUDNET_BENCH_COMPILE") == "1"  # torch.compile wherever it can run, not only where it is quick
-LEAST_ROUNDS, MOST_ROUNDS = 2, 25  # of a sitting
-SITTINGS = 4  # of a row, minutes apart: neighbours slow a machine down for longer than a row takes
-WARM_UPS = 1
+SITTINGS = 3  # of a row, minutes apart: neighbours slow a machine down for longer than a row takes
+LEAST_ROUNDS, MOST_ROUNDS = 2, 30  # of a sitting
 NOISE = 1.1  # ratios of the same thing may differ by this factor
+PIECE = 2**18  # numbers that are compared at once: they stay in the cache
 COPY_BYTES = 70 << 20  # as much as ResNet-18's generation reads and writes, half each; far more than a CPU's caches
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux
 
@@ -118,9 +118,14 @@ def disagreement(found: Any, expected: Any) -> float:
         return math.inf
     worst = 0.0
     for a, b in zip(ours, theirs, strict=True):
-        if b.numel():
-            error = float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30))
-            worst = math.inf if math.isnan(error) else max(worst, error)
+        if not b.numel():
+            continue
+        off, largest = [], []
+        for some, wanted in zip(a.reshape(-1).split(PIECE), b.reshape(-1).split(PIECE), strict=True):
+            off.append((some.double() - wanted.double()).abs_().max())
+            largest.append(wanted.double().abs().max())
+        error = float(torch.stack(off).max() / torch.stack(largest).max().clamp(min=1e-30))
+        worst = math.inf if math.isnan(error) else max(worst, error)
     return worst
 
 
@@ -135,7 +140,6 @@ def check(found: Any, expected: Any, tolerance: float, name: str = "the result")
 
 def give_back_freed() -> bool:
     """Let results that come lie in other pages than those that were freed; False where the C library cannot."""
-    gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError):  # TypeError: no such thing on Windows
@@ -154,6 +158,7 @@ def peak_memory(run: Run) -> int | None:
     def read(name: str) -> int:
         return next(1024 * int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(name))
 
+    gc.collect()
     if not give_back_freed():  # what was freed before is not to be used again
         return None
     try:
@@ -197,7 +202,7 @@ class Paired:
 
     def longer(self, candidate: Run, reference: Run, rounds: int) -> Paired:
         """The same with ``rounds`` more of them, after one that warms up."""
-        more = [(seconds(reference)[0], seconds(candidate)[0]) for _ in range(WARM_UPS + rounds)][WARM_UPS:]
+        _, *more = [(seconds(reference)[0], seconds(candidate)[0]) for _ in range(1 + rounds)]
         slow, fast = zip(*more, strict=True)
         return Paired([*self.candidate, *fast], [*self.reference, *slow])
 
@@ -278,7 +283,7 @@ def measure(
     del found, expected
     memory = peak_memory(candidate)
     rate = copy.rate()
-    both = seconds(candidate)[0] + seconds(reference)[0]
+    both = seconds(reference)[0] + seconds(candidate)[0]  # warms up as well
     rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(SECONDS / SITTINGS / max(both, 1e-6))))
     references: list[float] = []
 
@@ -287,9 +292,7 @@ def measure(
         synchronise()
         return result
 
-    benchmark.pedantic(
-        run, setup=lambda: references.append(seconds(reference)[0]), rounds=rounds, warmup_rounds=WARM_UPS
-    )
+    benchmark.pedantic(run, setup=lambda: references.append(seconds(reference)[0]), rounds=rounds)
     if benchmark.stats is None:  # --benchmark-disable: the check was all
         return None
     benchmark.extra_info |= {
@@ -299,7 +302,7 @@ def measure(
         "copy_gb_s": rate / 1e9,
         "peak_memory_bytes": memory,
     }
-    paired = Paired(list(benchmark.stats.stats.data), references[WARM_UPS:])
+    paired = Paired(list(benchmark.stats.stats.data), references)
     row = Row(candidate, reference, rounds, paired, benchmark.extra_info, moved, rate)
     row.tell()
     if DEVICE.type == "cuda":

@@ -72,6 +72,8 @@ def test_a_slow_and_a_wrong_backend_are_noticed(tmp_path: Path, capsys: pytest.C
     assert len(before["benchmarks"]) == 2 and before["failed"] == []
     for key in ("times_faster", "share_of_copy", "peak_memory_bytes", "first_call_ms", "noisy"):
         assert key in before["benchmarks"][0]["extra_info"]
+    for row in before["benchmarks"]:
+        assert row["extra_info"]["rounds"] >= timing.SITTINGS * row["stats"]["rounds"], "a row was not timed again"
 
     assert bad.returncode == 1 and "agree with the reference within 1e-04; it differs by" in bad.stdout
     assert [name for name in after["failed"] if "class_stats" in name]
@@ -90,6 +92,12 @@ def test_disagreement() -> None:
     assert timing.disagreement([x + 0.03], [x]) == pytest.approx(0.01)
     assert timing.disagreement([x], [x[None]]) == math.inf
     assert timing.disagreement([x * torch.nan], [x]) == math.inf
+    long = -torch.arange(3.0 * timing.PIECE, dtype=torch.float64) - 1  # in several pieces
+    other, copied = long.clone(), long.clone()
+    other[-1] *= 1.5
+    assert timing.disagreement([other], [long]) == pytest.approx(0.5)
+    assert torch.equal(long, copied)  # nothing is written into what is compared
+    assert timing.disagreement([x[:0]], [x[:0]]) == 0
     with pytest.raises(AssertionError, match="not timed"):
         timing.check(x * torch.nan, x, 1.0)
 
