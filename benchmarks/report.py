@@ -113,7 +113,7 @@ def repeatability(document: Document, again: Document | None) -> list[str]:
         text = "One run; a ratio that differs between the halves of it by more than"
         return [f"{text} {THRESHOLD - 1:.0%} is marked `{NOISY.strip()}`.", ""]
     same, count = agreement(rows_of(document), rows_of(again))
-    share = f" ({same / count:.0%})" if count else ""
+    share = f" ({100 * same // count}%)" if count else ""  # rounded down: nine tenths are asked for
     text = f"Two runs: {same} of {count} ratios{share} of rows above {LEAST_MS:g} ms agree within {THRESHOLD - 1:.0%}."
     return [f"{text} A ratio that differs more, between runs or the halves of one, is marked `{NOISY.strip()}`.", ""]
 

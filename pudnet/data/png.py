@@ -1,4 +1,4 @@
-"""Small PNG files of grey or RGB images, by OpenCV where it is installed: half of Pillow's time, the same pixels."""
+"""Small PNG files of grey or RGB images, by OpenCV where it is installed: 0.6 of Pillow's time, the same pixels."""
 
 from __future__ import annotations
 
