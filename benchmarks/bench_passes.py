@@ -47,7 +47,7 @@ def reference(target: str, batch: int) -> Weights:
     return generated(hypernetwork(target), target, batch, "reference")
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def datasets(target: str, batch: int) -> list[Tensor]:
     side = hypernetwork(target).config.image_size
     return [images(side, seed=seed) for seed in range(batch)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from timing import SITTINGS, Copy, Row, environment, measure
+from timing import SITTINGS, Copy, Row, environment, give_back_freed, measure
 
 from pudnet.memory import keep_freed
 
@@ -58,18 +58,21 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[N
 
 
 def time_again(session: pytest.Session) -> None:
-    """The further sittings of all rows; one more of those that are noisy then."""
+    """The further sittings of all rows.
+
+    Before each results come to lie in other pages, which changes their time by a quarter, and is luck.
+    """
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with torch.no_grad():
-        for sitting in range(2, SITTINGS + 2):
-            chosen = rows if sitting <= SITTINGS else [row for row in rows if row.paired.noisy]
-            if reporter is not None and chosen:
+        for sitting in range(2, SITTINGS + 1) if rows else ():
+            if reporter is not None:
                 reporter.ensure_newline()
-                reporter.write_line(f"sitting {sitting}: {len(chosen)} rows")
-            for row in chosen:
-                row.again()
+                reporter.write_line(f"sitting {sitting} of {SITTINGS}")
+            give_back_freed()
+            for row in rows:
+                row.again(sitting)
     torch.set_num_threads(threads)
 
 

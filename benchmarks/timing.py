@@ -32,8 +32,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 DEVICE = torch.device(os.environ.get("PUDNET_BENCH_DEVICE", "cpu"))
 SECONDS = float(os.environ.get("PUDNET_BENCH_SECONDS", "1.5"))  # of timing for one row, more or less
 COMPILE = os.environ.get("PUDNET_BENCH_COMPILE") == "1"  # torch.compile wherever it can run, not only where it is quick
-SITTINGS = 3  # of a row, minutes apart: neighbours slow a machine down for longer than a row takes
-LEAST_ROUNDS, MOST_ROUNDS = 2, 30  # of a sitting
+# Of a row. Neighbours take bandwidth for seconds or minutes, and a reference that needs it slows down more than a
+# candidate that does not: a row is timed in many such phases, for a short time in each.
+SITTINGS = 10
+MOST_ROUNDS = 15  # of a sitting
+SLOW, SLOW_EVERY = 0.5, 3  # rows of which a round takes more seconds sit in the first sitting and in every third
 NOISE = 1.1  # ratios of the same thing may differ by this factor
 PIECE = 2**18  # numbers that are compared at once: they stay in the cache
 COPY_BYTES = 70 << 20  # as much as ResNet-18's generation reads and writes, half each; far more than a CPU's caches
@@ -159,6 +162,7 @@ def peak_memory(run: Run) -> int | None:
         return next(1024 * int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(name))
 
     gc.collect()
+    gc.freeze()  # most of it will stay: the next collection need not look at it, which takes 0.3 s
     if not give_back_freed():  # what was freed before is not to be used again
         return None
     try:
@@ -214,23 +218,28 @@ class Paired:
         return max(halves) > NOISE * min(halves)
 
 
+def rounds_of(round_seconds: float) -> int:
+    """How many rounds a sitting has."""
+    return max(1, min(MOST_ROUNDS, int(SECONDS / SITTINGS / max(round_seconds, 1e-6))))
+
+
 @dataclass
 class Row:
     """A row that will be timed again: what ran, how long in all sittings so far, and where its columns go."""
 
     candidate: Run
     reference: Run
-    rounds: int  # of a sitting
+    seconds: float  # of a round
     paired: Paired
     columns: dict[str, Any]
     moved: int  # bytes
     rate: float  # of copying, bytes a second
 
-    def again(self) -> None:
-        """One more sitting; results come to lie in other pages, which changes their time by a quarter, and is luck."""
-        give_back_freed()
-        self.paired = self.paired.longer(self.candidate, self.reference, self.rounds)
-        self.tell()
+    def again(self, sitting: int) -> None:
+        """Sitting number ``sitting``, unless the row is too slow to take part in all."""
+        if self.seconds < SLOW or sitting % SLOW_EVERY == 0:
+            self.paired = self.paired.longer(self.candidate, self.reference, rounds_of(self.seconds))
+            self.tell()
 
     def tell(self) -> None:
         """Write what all sittings together say."""
@@ -284,7 +293,6 @@ def measure(
     memory = peak_memory(candidate)
     rate = copy.rate()
     both = seconds(reference)[0] + seconds(candidate)[0]  # warms up as well
-    rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(SECONDS / SITTINGS / max(both, 1e-6))))
     references: list[float] = []
 
     def run() -> Any:
@@ -292,7 +300,7 @@ def measure(
         synchronise()
         return result
 
-    benchmark.pedantic(run, setup=lambda: references.append(seconds(reference)[0]), rounds=rounds)
+    benchmark.pedantic(run, setup=lambda: references.append(seconds(reference)[0]), rounds=1 + rounds_of(both))
     if benchmark.stats is None:  # --benchmark-disable: the check was all
         return None
     benchmark.extra_info |= {
@@ -303,7 +311,7 @@ def measure(
         "peak_memory_bytes": memory,
     }
     paired = Paired(list(benchmark.stats.stats.data), references)
-    row = Row(candidate, reference, rounds, paired, benchmark.extra_info, moved, rate)
+    row = Row(candidate, reference, both, paired, benchmark.extra_info, moved, rate)
     row.tell()
     if DEVICE.type == "cuda":
         benchmark.extra_info |= host_and_device(candidate)

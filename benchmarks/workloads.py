@@ -44,9 +44,9 @@ class Plain(nn.Module):
 TARGETS = {"convnet3": "convnet3", "resnet18-32": "resnet18", "resnet18-224": "resnet18-224", "plain-24M": None}
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def hypernetwork(name: str) -> PudNet:
-    """A PudNet with random parameters for one of ``TARGETS``, in evaluation mode; a second one displaces the first."""
+    """A PudNet with random parameters for one of ``TARGETS``, in evaluation mode."""
     target = TARGETS[name]
     net = PudNet(target) if target else PudNet(Plain(layers=11, width=516), image_size=32)
     return net.to(DEVICE).eval().requires_grad_(False)
