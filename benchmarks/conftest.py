@@ -52,9 +52,12 @@ def timed(benchmark: Any, copy_rate: Copy, one_thread: None) -> Iterator[Callabl
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # before pytest-benchmark writes its file
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[None]:
-    if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-        time_again(session)
-    return (yield)
+    try:
+        if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            time_again(session)
+    finally:  # what goes wrong here fails the run, but takes no row with it
+        result = yield
+    return result
 
 
 def time_again(session: pytest.Session) -> None:
@@ -65,15 +68,17 @@ def time_again(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with torch.no_grad():
-        for sitting in range(2, SITTINGS + 1) if rows else ():
-            if reporter is not None:
-                reporter.ensure_newline()
-                reporter.write_line(f"sitting {sitting} of {SITTINGS}")
-            give_back_freed()
-            for row in rows:
-                row.again(sitting)
-    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            for sitting in range(2, SITTINGS + 1) if rows else ():
+                if reporter is not None:
+                    reporter.ensure_newline()
+                    reporter.write_line(f"sitting {sitting} of {SITTINGS}")
+                give_back_freed()
+                for row in rows:
+                    row.again(sitting)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True, scope="session")

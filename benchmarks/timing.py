@@ -33,9 +33,9 @@ DEVICE = torch.device(os.environ.get("PUDNET_BENCH_DEVICE", "cpu"))
 SECONDS = float(os.environ.get("PUDNET_BENCH_SECONDS", "1.5"))  # of timing for one row, more or less
 COMPILE = os.environ.get("PUDNET_BENCH_COMPILE") == "1"  # torch.compile wherever it can run, not only where it is quick
 # Of a row. Neighbours take bandwidth for seconds or minutes, and a reference that needs it slows down more than a
-# candidate that does not: a row is timed in many such phases, for a short time in each.
-SITTINGS = 10
-MOST_ROUNDS = 15  # of a sitting
+# candidate that does not: a row is timed in many such phases, for a short time in each. GPUs are not shared.
+SITTINGS = 10 if DEVICE.type == "cpu" else 1
+MOST_ROUNDS = 150 // SITTINGS  # of a sitting
 SLOW, SLOW_EVERY = 0.5, 3  # rows of which a round takes more seconds sit in the first sitting and in every third
 NOISE = 1.1  # ratios of the same thing may differ by this factor
 PIECE = 2**18  # numbers that are compared at once: they stay in the cache
@@ -162,7 +162,6 @@ def peak_memory(run: Run) -> int | None:
         return next(1024 * int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(name))
 
     gc.collect()
-    gc.freeze()  # most of it will stay: the next collection need not look at it, which takes 0.3 s
     if not give_back_freed():  # what was freed before is not to be used again
         return None
     try:
@@ -277,7 +276,7 @@ def measure(
         kept: whether the candidate returns memory it uses again, which the check must not leave to be found there.
 
     Returns:
-        What the further sittings need; None with --benchmark-disable.
+        What the further sittings need; None with --benchmark-disable or where there are none.
 
     Raises:
         AssertionError: the candidate's result is wrong.
@@ -291,6 +290,7 @@ def measure(
     moved = bytes_of(reads) + bytes_of(found)
     del found, expected
     memory = peak_memory(candidate)
+    gc.freeze()  # rows stay: the next collection need not look at them, which takes 0.3 s
     rate = copy.rate()
     both = seconds(reference)[0] + seconds(candidate)[0]  # warms up as well
     references: list[float] = []
@@ -315,7 +315,7 @@ def measure(
     row.tell()
     if DEVICE.type == "cuda":
         benchmark.extra_info |= host_and_device(candidate)
-    return row
+    return row if SITTINGS > 1 else None
 
 
 def host_and_device(run: Run, repeats: int = 20) -> dict[str, float]:

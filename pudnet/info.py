@@ -30,7 +30,7 @@ def info() -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
-            **{name: _version(name) for name in ("numpy", "triton", "safetensors", "Pillow")},
+            **{name: _version(name) for name in ("numpy", "triton", "safetensors")},
         },
         "platform": platform.platform(),
         "cpu": {
@@ -75,7 +75,7 @@ def _png_reader() -> str:
     module = png.opencv()
     if module is None:
         return "Pillow; OpenCV, which takes 0.6 of the time, is not installed: pip install 'pudnet[opencv]'"
-    return f"OpenCV {module.__version__}"
+    return f"OpenCV {module.__version__}, in folders of {png.WORTH} or more; else Pillow"
 
 
 def _extension_info() -> dict[str, Any]:

@@ -113,6 +113,15 @@ def test_a_machine_that_slows_down_changes_no_ratio() -> None:
     assert len(longer.candidate) == len(longer.reference) == 23 and longer.candidate[:20] == noisy.candidate
 
 
+def test_slow_rows_sit_in_every_third_sitting_only() -> None:
+    for seconds, rounds in ((0.001, 9 * timing.rounds_of(0.001)), (1.0, 3)):
+        paired = timing.Paired([1.0], [2.0])
+        row = timing.Row(lambda: sum(range(99)), lambda: sum(range(99)), seconds, paired, {}, moved=1, rate=1.0)
+        for sitting in range(2, 11):
+            row.again(sitting)
+        assert len(row.paired.candidate) == row.columns["rounds"] == 1 + rounds
+
+
 def test_exponents() -> None:
     sizes = [10, 100, 1000, 10_000]
     found = exponents(sizes, [1 if size < 100 else 1e-3 * size**1.5 for size in sizes])

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pudnet.data import png
 from pudnet.data.base import WHERE, ImageSource, check_counts, quoted
 from pudnet.data.pillow import Array, UnreadableImageError, decode_file
 from pudnet.data.preprocess import Preprocess, array_tensor
@@ -64,6 +65,8 @@ class FolderSource(ImageSource):
         self.counts = None
         self.skipped = tuple(self._reasons.items())
         labelled = [(path, self.classes.index(name)) for name, paths in files.items() for path in paths]
+        if len(labelled) >= png.WORTH and labelled[0][0].suffix.lower() == ".png":
+            png.opencv()
         self._chunks = [labelled[start : start + batch_size] for start in range(0, len(labelled), batch_size)]
         self._cache: dict[int, tuple[Tensor, Tensor]] = {}
         self._cache_left = cache_bytes

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from pudnet._version import __version__
+from pudnet.data import png
 from pudnet.errors import InputError, message
 from pudnet.evaluation.rows import ROWS, Bench, Row
 from pudnet.evaluation.tasks import GROUPS, Material, available
@@ -203,6 +204,7 @@ def environment(threads: int, device: str = "cpu") -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "opencv": getattr(png.opencv(), "__version__", None),  # reads small PNG files
         "pudnet": __version__,
     }
 

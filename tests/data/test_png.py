@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import random
 import struct
+import subprocess
+import sys
+import types
 import zlib
 from pathlib import Path
 
@@ -73,8 +76,6 @@ def test_pixels_are_those_of_pillow(mode: str, width: int, height: int) -> None:
         (b"gAMA", struct.pack(">I", 100_000)),
         (b"cHRM", struct.pack(">8I", *[31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000])),
         (b"sRGB", b"\0"),
-        (b"sBIT", b"\5\5\5"),
-        (b"bKGD", bytes(6)),
         (b"pHYs", struct.pack(">IIB", 1, 2, 0)),
         (b"tIME", bytes([7, 230, 1, 1, 0, 0, 0])),
     ],
@@ -84,6 +85,10 @@ def test_notes_that_change_no_pixel_do_not_matter(name: bytes, data: bytes) -> N
     pixels = png.decode_plain_png(file)
     assert pixels is not None
     np.testing.assert_array_equal(pixels, np.array(Image.open(io.BytesIO(file))))
+
+
+def flipped(file: bytes, at: int) -> bytes:
+    return file[:at] + bytes([file[at] ^ 255]) + file[at + 1 :]
 
 
 def palette() -> bytes:
@@ -108,9 +113,12 @@ OTHERS = {
     "turned": turned(),
     "text, which may be EXIF": with_chunk(b"tEXt", b"Raw profile type exif\0x", written("RGB")),
     "colour profile": with_chunk(b"iCCP", b"x\0\0" + zlib.compress(b"x"), written("RGB")),
-    "too many pixels": written("L", 513, 512),
+    "too many pixels": written("L", 257, 256),
+    "a chunk too short for Pillow": with_chunk(b"gAMA", b"\0\0", written("L")),
+    "two headers": written("L")[:33] + written("L")[8:],
+    "background": with_chunk(b"bKGD", bytes(6), written("RGB")),
     "no pixels": with_header(3, 0, written("L")),
-    "wrong checksum": written("L")[:40] + b"?" + written("L")[41:],
+    "wrong checksum": flipped(written("L"), 45),  # in the data of a chunk
     "cut off": written("L")[:-5],
     "no header": png.SIGNATURE + chunk(b"IEND", b""),
     "no picture": b"not an image",
@@ -143,6 +151,55 @@ def test_damaged_files_have_the_same_outcome_as_with_pillow(tmp_path: Path, monk
         assert found == by_pillow(path, monkeypatch)
         outcomes.add(type(found))
     assert outcomes == {list, str}
+
+
+def test_damaged_streams_with_right_checksums_have_the_same_outcome_as_with_pillow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random_ = random.Random(0)
+    path = tmp_path / "image.png"
+    outcomes = set()
+    for trial in range(300):
+        file = written(random_.choice(["L", "RGB"]))
+        stream = bytearray(zlib.decompress(file[41:-16]))
+        kind = trial % 3
+        if kind == 0:  # other bytes, among them the filters of the lines
+            for _ in range(random_.randrange(4)):
+                stream[random_.randrange(len(stream))] = random_.randrange(8)
+        if kind == 1:  # more or less of it
+            stream = (stream + stream)[: random_.randrange(2 * len(stream))]
+        packed = bytearray(zlib.compress(stream, random_.randrange(10)))
+        if kind == 2:  # damaged after it was packed
+            packed[random_.randrange(len(packed))] = random_.randrange(256)
+            packed = packed[: random_.choice([len(packed), random_.randrange(len(packed))])]
+        cut = random_.randrange(len(packed) + 1)
+        parts = [packed] if trial % 2 else [packed[:cut], packed[cut:]]
+        data = b"".join(chunk(b"IDAT", bytes(part)) for part in parts)
+        path.write_bytes(file[:33] + data + file[-12:])
+        found = outcome(path)
+        assert found == by_pillow(path, monkeypatch), f"trial {trial}"
+        outcomes.add(type(found))
+    assert outcomes == {list, str}
+
+
+@pytest.mark.parametrize("broken", [types.ModuleType("cv2"), None])
+def test_a_broken_opencv_is_none(monkeypatch: pytest.MonkeyPatch, broken: types.ModuleType | None) -> None:
+    monkeypatch.setitem(sys.modules, "cv2", broken)
+    assert png.opencv.__wrapped__() is None
+
+
+def test_it_is_imported_for_many_files_only(tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom pudnet.data import open_images\n"
+        "open_images(sys.argv[1], size=8).tensors()\nprint('cv2' in sys.modules)"
+    )
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    for count in (20, png.WORTH):
+        for number in range(count):
+            (tmp_path / "ab"[number % 2] / f"{number}.png").write_bytes(written("L"))
+        done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+        assert done.stdout.strip() == str(count == png.WORTH), done.stderr
 
 
 def test_info_tells_who_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
