@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,12 +29,20 @@ def copy_rate() -> Copy:
     return Copy()
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
+@contextlib.contextmanager
+def single_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    with single_thread():
+        yield
 
 
 @pytest.fixture
@@ -66,19 +75,14 @@ def time_again(session: pytest.Session) -> None:
     Before each results come to lie in other pages, which changes their time by a quarter, and is luck.
     """
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            for sitting in range(2, SITTINGS + 1) if rows else ():
-                if reporter is not None:
-                    reporter.ensure_newline()
-                    reporter.write_line(f"sitting {sitting} of {SITTINGS}")
-                give_back_freed()
-                for row in rows:
-                    row.again(sitting)
-    finally:
-        torch.set_num_threads(threads)
+    with single_thread(), torch.no_grad():
+        for sitting in range(2, SITTINGS + 1) if rows else ():
+            if reporter is not None:
+                reporter.ensure_newline()
+                reporter.write_line(f"sitting {sitting} of {SITTINGS}")
+            give_back_freed()
+            for row in rows:
+                row.again(sitting)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pudnet.data import png
 from pudnet.data.base import WHERE, ImageSource, check_counts, quoted
-from pudnet.data.pillow import Array, UnreadableImageError, decode_file
+from pudnet.data.pillow import UnreadableImageError, decode_file
+from pudnet.data.png import Array
 from pudnet.data.preprocess import Preprocess, array_tensor
 from pudnet.errors import InputError, message
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import io
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pudnet.data.png import decode_plain_png
+from pudnet.data.png import Array, decode_plain_png
 from pudnet.errors import InputError, message
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Array = np.ndarray[Any, Any]
 SMALL_FILE = 2**20  # bytes
 
 
