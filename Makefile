@@ -46,7 +46,7 @@ trust: $(READY)
 
 # Ten minutes, one thread: every op and pass against its reference. AGAIN=-again runs it a second time, beside the first.
 bench: $(READY)
-	OMP_NUM_THREADS=1 PUDNET_BENCH_DEVICE=$(DEVICE) $(BIN)/python -m pytest -q \
+	OMP_NUM_THREADS=1 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 PUDNET_BENCH_DEVICE=$(DEVICE) $(BIN)/python -m pytest -q \
 		benchmarks/bench_ops.py benchmarks/bench_passes.py benchmarks/bench_stages.py \
 		--benchmark-columns=median,iqr,rounds --benchmark-sort=name \
 		--benchmark-json=$$(PUDNET_BENCH_DEVICE=$(DEVICE) $(BIN)/python benchmarks/timing.py bench $(AGAIN))

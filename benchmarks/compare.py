@@ -91,8 +91,9 @@ def run_commit(commit: str, folder: Path, files: list[str], options: list[str]) 
             subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tree, check=True)
         paths = [str(Path("benchmarks") / file) for file in files]
         command = [sys.executable, "-m", "pytest", *paths, f"--benchmark-json={result}", "-q", *options]
-        # What fails is missing in the JSON file, which the table then says.
-        subprocess.run(command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)})
+        # What fails is missing in the JSON file, which the table then says. Huge pages: as in `make bench`.
+        variables = {"PYTHONPATH": str(tree), "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+        subprocess.run(command, cwd=tree, env={**os.environ, **variables})
         return dict(json.loads(result.read_text()))
     finally:
         git("worktree", "remove", "--force", str(tree))

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from timing import SITTINGS, Copy, Row, environment, give_back_freed, measure
+from timing import DEVICE, SITTINGS, Copy, Row, environment, measure, sit
 
 from pudnet.memory import keep_freed
 
-rows: list[Row] = []
+cases: dict[str, list[Row]] = {}  # by group
 left_out: dict[str, str] = {}
 failed: list[str] = []
 
@@ -52,8 +52,13 @@ def timed(benchmark: Any, copy_rate: Copy, one_thread: None) -> Iterator[Callabl
     def run(candidate: Any, reference: Any, *, group: str, backend: str, **options: Any) -> None:
         benchmark.group = group
         benchmark.extra_info["backend"] = backend
-        if row := measure(benchmark, copy_rate, candidate, reference, **options):
-            rows.append(row)
+        row = measure(benchmark, copy_rate, candidate, None if backend == "reference" else reference, **options)
+        if row is None:
+            return
+        if DEVICE.type == "cpu":
+            cases.setdefault(group, []).append(row)
+        else:  # what rows hold must leave the GPU
+            sit([row])
 
     with torch.no_grad():
         yield run
@@ -63,26 +68,22 @@ def timed(benchmark: Any, copy_rate: Copy, one_thread: None) -> Iterator[Callabl
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[None]:
     try:
         if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-            time_again(session)
+            time_cases(session)
     finally:  # what goes wrong here fails the run, but takes no row with it
         result = yield
     return result
 
 
-def time_again(session: pytest.Session) -> None:
-    """The further sittings of all rows.
-
-    Before each results come to lie in other pages, which changes their time by a quarter, and is luck.
-    """
+def time_cases(session: pytest.Session) -> None:
+    """All sittings of all cases that were not timed at once."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     with single_thread(), torch.no_grad():
-        for sitting in range(2, SITTINGS + 1) if rows else ():
+        for sitting in range(SITTINGS) if cases else ():
             if reporter is not None:
                 reporter.ensure_newline()
-                reporter.write_line(f"sitting {sitting} of {SITTINGS}")
-            give_back_freed()
-            for row in rows:
-                row.again(sitting)
+                reporter.write_line(f"sitting {sitting + 1} of {SITTINGS}")
+            for rows in cases.values():
+                sit(rows, sitting)
 
 
 @pytest.fixture(autouse=True, scope="session")

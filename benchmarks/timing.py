@@ -15,7 +15,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,12 @@ RESULTS = ROOT / "benchmarks" / "results"
 DEVICE = torch.device(os.environ.get("PUDNET_BENCH_DEVICE", "cpu"))
 SECONDS = float(os.environ.get("PUDNET_BENCH_SECONDS", "1.5"))  # of timing for one row, more or less
 COMPILE = os.environ.get("PUDNET_BENCH_COMPILE") == "1"  # torch.compile wherever it can run, not only where it is quick
-# Of a row. Neighbours take bandwidth for seconds or minutes, and a reference that needs it slows down more than a
-# candidate that does not: a row is timed in many such phases, for a short time in each. GPUs are not shared.
-SITTINGS = 10 if DEVICE.type == "cpu" else 1
+# Neighbours take bandwidth for seconds or minutes, and a reference that needs it slows down more than a candidate that
+# does not: a case is timed in many such phases, for a short time in each. GPUs are not shared.
+SITTINGS = 25 if DEVICE.type == "cpu" else 1
 MOST_ROUNDS = 150 // SITTINGS  # of a sitting
-SLOW, SLOW_EVERY = 0.5, 3  # rows of which a round takes more seconds sit in the first sitting and in every third
+QUICK = 0.4  # cases of which a round takes no more seconds have one more in a sitting, to warm caches and allocator
+SLOW, SLOW_EVERY = 1.0, 2  # cases of which a round takes more seconds sit in every second sitting only
 NOISE = 1.1  # ratios of the same thing may differ by this factor
 PIECE = 2**18  # numbers that are compared at once: they stay in the cache
 COPY_BYTES = 70 << 20  # as much as ResNet-18's generation reads and writes, half each; far more than a CPU's caches
@@ -69,6 +70,7 @@ def environment() -> dict[str, Any]:
         "commit": harness.commit(),
         "load_average": round(os.getloadavg()[0], 1),
         "clock": "CPU time of the thread" if DEVICE.type == "cpu" else "wall",
+        "allocator": os.environ.get("GLIBC_TUNABLES", "as it is"),
     }
 
 
@@ -203,80 +205,97 @@ class Paired:
         pairs = zip(self.candidate[first:last], self.reference[first:last], strict=True)
         return statistics.median(slow / max(fast, 1e-9) for fast, slow in pairs)
 
-    def longer(self, candidate: Run, reference: Run, rounds: int) -> Paired:
-        """The same with ``rounds`` more of them, after one that warms up."""
-        _, *more = [(seconds(reference)[0], seconds(candidate)[0]) for _ in range(1 + rounds)]
-        slow, fast = zip(*more, strict=True)
-        return Paired([*self.candidate, *fast], [*self.reference, *slow])
+    def add(self, candidate: float, reference: float) -> None:
+        """One more round."""
+        self.candidate.append(candidate)
+        self.reference.append(reference)
 
     @property
     def noisy(self) -> bool:
-        """Whether the two halves of the run tell different ratios."""
+        """Whether the two halves of the run tell different ratios; a single round tells nothing."""
         half = len(self.candidate) // 2
+        if not half:
+            return True
         halves = self.ratio(0, half), self.ratio(half)
         return max(halves) > NOISE * min(halves)
 
 
 def rounds_of(round_seconds: float) -> int:
-    """How many rounds a sitting has."""
+    """How many rounds of a case a sitting has."""
     return max(1, min(MOST_ROUNDS, int(SECONDS / SITTINGS / max(round_seconds, 1e-6))))
 
 
 @dataclass
 class Row:
-    """A row that will be timed again: what ran, how long in all sittings so far, and where its columns go."""
+    """What a row runs, how long that took in all rounds so far, and where its columns go."""
 
-    candidate: Run
+    candidate: Run | None  # None: the row is the reference's own
     reference: Run
-    seconds: float  # of a round
     paired: Paired
     columns: dict[str, Any]
     moved: int  # bytes
     rate: float  # of copying, bytes a second
-
-    def again(self, sitting: int) -> None:
-        """Sitting number ``sitting``, unless the row is too slow to take part in all."""
-        if self.seconds < SLOW or sitting % SLOW_EVERY == 0:
-            self.paired = self.paired.longer(self.candidate, self.reference, rounds_of(self.seconds))
-            self.tell()
 
     def tell(self) -> None:
         """Write what all sittings together say."""
         median = statistics.median(self.paired.candidate)
         self.columns |= {
             "median_ms": 1e3 * median,
-            "reference_ms": 1e3 * statistics.median(self.paired.reference),
-            "times_faster": self.paired.ratio(),
-            "noisy": self.paired.noisy,
             "rounds": len(self.paired.candidate),
             "share_of_copy": self.moved / median / self.rate,
         }
+        if self.candidate is not None:
+            self.columns |= {
+                "reference_ms": 1e3 * statistics.median(self.paired.reference),
+                "times_faster": self.paired.ratio(),
+                "noisy": self.paired.noisy,
+            }
+
+
+def sit(rows: Sequence[Row], sitting: int = 0) -> None:
+    """Time the rows of a case, where it takes part in this sitting: in turn, the reference once for all of them."""
+
+    def one_round() -> list[float]:
+        return [seconds(rows[0].reference)[0], *(seconds(row.candidate)[0] for row in rows if row.candidate)]
+
+    once = statistics.median(rows[0].paired.reference)
+    once += sum(statistics.median(row.paired.candidate) for row in rows if row.candidate)
+    if once > SLOW and sitting % SLOW_EVERY:
+        return
+    if once <= QUICK:
+        one_round()
+    for _ in range(rounds_of(once)):
+        reference, *candidates = one_round()
+        for row in rows:
+            row.paired.add(candidates.pop(0) if row.candidate else reference, reference)
+    for row in rows:
+        row.tell()
 
 
 def measure(
     benchmark: Any,
     copy: Copy,
     candidate: Run,
-    reference: Run,
+    reference: Run | None,
     *,
     expected: Any,
     tolerance: float,
     reads: Any = (),
     kept: bool = False,
 ) -> Row | None:
-    """Check ``candidate``, then time it in turn with ``reference``, as one row of pytest-benchmark: its first sitting.
+    """Check ``candidate``, then time one round of ``reference`` and it, as one row of pytest-benchmark.
 
     Args:
         benchmark: pytest-benchmark's fixture.
         copy: measured before the row, for the share of the bandwidth.
-        candidate, reference: what is timed.
+        candidate, reference: what is timed; no reference where the candidate is it, as a ratio would say nothing.
         expected: what the candidate has to return.
         tolerance: of ``disagreement``.
         reads: the tensors the candidate has to read at least once; what it returns is what it has to write.
         kept: whether the candidate returns memory it uses again, which the check must not leave to be found there.
 
     Returns:
-        What the further sittings need; None with --benchmark-disable or where there are none.
+        What the sittings need; None with --benchmark-disable.
 
     Raises:
         AssertionError: the candidate's result is wrong.
@@ -292,15 +311,18 @@ def measure(
     memory = peak_memory(candidate)
     gc.freeze()  # rows stay: the next collection need not look at them, which takes 0.3 s
     rate = copy.rate()
-    both = seconds(reference)[0] + seconds(candidate)[0]  # warms up as well
     references: list[float] = []
+
+    def before() -> None:
+        if reference:
+            references.append(seconds(reference)[0])
 
     def run() -> Any:
         result = candidate()
         synchronise()
         return result
 
-    benchmark.pedantic(run, setup=lambda: references.append(seconds(reference)[0]), rounds=1 + rounds_of(both))
+    benchmark.pedantic(run, setup=before)
     if benchmark.stats is None:  # --benchmark-disable: the check was all
         return None
     benchmark.extra_info |= {
@@ -310,12 +332,15 @@ def measure(
         "copy_gb_s": rate / 1e9,
         "peak_memory_bytes": memory,
     }
-    paired = Paired(list(benchmark.stats.stats.data), references)
-    row = Row(candidate, reference, both, paired, benchmark.extra_info, moved, rate)
+    times = benchmark.stats.stats.data  # pytest-benchmark's own columns are of all sittings, too
+    if reference:
+        row = Row(candidate, reference, Paired(times, references), benchmark.extra_info, moved, rate)
+    else:
+        row = Row(None, candidate, Paired(times, list(times)), benchmark.extra_info, moved, rate)
     row.tell()
     if DEVICE.type == "cuda":
         benchmark.extra_info |= host_and_device(candidate)
-    return row if SITTINGS > 1 else None
+    return row
 
 
 def host_and_device(run: Run, repeats: int = 20) -> dict[str, float]:
