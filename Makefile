@@ -12,8 +12,9 @@ DEVICE ?= cpu
 demo: $(READY)
 	$(BIN)/python -m pudnet demo
 
+# As many processes as cores; one thread each, since OpenMP's threads wait for each other by spinning.
 test: lint
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 # Fuzzers, injected faults and load at full counts, some minutes; writes docs/stress.md.
 stress: $(READY)
