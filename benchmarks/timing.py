@@ -34,9 +34,9 @@ SECONDS = float(os.environ.get("PUDNET_BENCH_SECONDS", "1.5"))  # of timing for 
 COMPILE = os.environ.get("PUDNET_BENCH_COMPILE") == "1"  # torch.compile wherever it can run, not only where it is quick
 # Neighbours take bandwidth for seconds or minutes, and a reference that needs it slows down more than a candidate that
 # does not: a case is timed in many such phases, for a short time in each. GPUs are not shared.
-SITTINGS = 25 if DEVICE.type == "cpu" else 1
+SITTINGS = 22 if DEVICE.type == "cpu" else 1
 MOST_ROUNDS = 150 // SITTINGS  # of a sitting
-QUICK = 0.4  # cases of which a round takes no more seconds have one more in a sitting, to warm caches and allocator
+QUICK = 0.6  # cases of which a round takes no more seconds have one more in a sitting, to warm caches and memory up
 SLOW, SLOW_EVERY = 1.0, 2  # cases of which a round takes more seconds sit in every second sitting only
 NOISE = 1.1  # ratios of the same thing may differ by this factor
 PIECE = 2**18  # numbers that are compared at once: they stay in the cache
