@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE, KERNELS = ROOT / "pudnet", ROOT / "kernels"
-BASE = {"errors", "files", "_version"}
+BASE = {"errors", "files", "memory", "_version"}
 OPS = {"ops", "backends", "_extension", "specs"} | BASE
 DATA = {"data", "sketch"} | BASE | {"ops"}
 MODELS = {
@@ -84,11 +84,11 @@ ALLOWED = {
     "shards": {"predictor", "predicted", "stages", "heads", "serving", "sketch", "data", "errors"},
     "predictor": USERS - {"training", "evaluation", "demo"},
     "training": USERS - {"evaluation", "demo"},
-    "evaluation": (USERS | {"memory"}) - {"training"},
+    "evaluation": USERS - {"training"},
     "demo": USERS - {"training"},
     "report": USERS - {"training", "demo"},
     "info": OPS | {"data"},
-    "cli": USERS | {"cli", "memory", "report"},
+    "cli": USERS | {"cli", "report"},
     "__main__": {"cli"},
 }
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import mmap
 import os
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
@@ -25,6 +24,7 @@ from pudnet.batchnorm import set_policy
 from pudnet.checkpoint import HubOptions
 from pudnet.errors import CheckpointError, DtypeError, InputError, ShapeError, message, one_line
 from pudnet.graphs import ArchGraph, trace
+from pudnet.memory import prefer_huge_pages
 from pudnet.nn.decoder import Plan, TilingDecoder
 from pudnet.nn.graph_encoder import GraphBatch, GraphEncoder
 
@@ -346,12 +346,9 @@ def _allocate(shapes: Sequence[tuple[int, ...]], device: torch.device) -> list[T
     """Float32 tensors of ``shapes``, in one piece of memory; on a CPU in huge pages, where the system has them."""
     sizes = [-(-torch.Size(shape).numel() // 16) * 16 for shape in shapes]  # each starts on a cache line
     total = max(sum(sizes), 1)
-    if device.type == "cpu" and hasattr(mmap, "MADV_HUGEPAGE"):
-        pages = mmap.mmap(-1, 4 * total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        pages.madvise(mmap.MADV_HUGEPAGE)
-        flat = torch.frombuffer(pages, dtype=torch.float32, count=total)
-    else:
-        flat = torch.empty(total, device=device)
+    flat = torch.empty(total, device=device)
+    if device.type == "cpu":
+        prefer_huge_pages(flat.data_ptr(), 4 * total)
     parts = flat.split(sizes)
     return [part[: torch.Size(shape).numel()].view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
