@@ -12,9 +12,10 @@ DEVICE ?= cpu
 demo: $(READY)
 	$(BIN)/python -m pudnet demo
 
-# As many processes as cores; one thread each, since OpenMP's threads wait for each other by spinning.
+# As many processes as cores, up to eight (or PYTEST_XDIST_AUTO_NUM_WORKERS); one thread each, since OpenMP's threads
+# wait for each other by spinning.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 # Fuzzers, injected faults and load at full counts, some minutes; writes docs/stress.md.
 stress: $(READY)
@@ -47,10 +48,12 @@ trust: $(READY)
 
 # Ten minutes, one thread: every op and pass against its reference. AGAIN=-again runs it a second time, beside the first.
 bench: $(READY)
+	mkdir -p .benchmarks
 	OMP_NUM_THREADS=1 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 PUDNET_BENCH_DEVICE=$(DEVICE) $(BIN)/python -m pytest -q \
 		benchmarks/bench_ops.py benchmarks/bench_passes.py benchmarks/bench_stages.py \
 		--benchmark-columns=median,iqr,rounds --benchmark-sort=name \
-		--benchmark-json=$$(PUDNET_BENCH_DEVICE=$(DEVICE) $(BIN)/python benchmarks/timing.py bench $(AGAIN))
+		--benchmark-json=.benchmarks/bench.json
+	mv .benchmarks/bench.json $$(PUDNET_BENCH_DEVICE=$(DEVICE) $(BIN)/python benchmarks/timing.py bench $(AGAIN))
 	$(BIN)/python benchmarks/report.py
 
 # Twenty minutes: cost against sizes.

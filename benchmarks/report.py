@@ -45,7 +45,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], text_columns: in
 def provenance(environment: Document, commit: str | None = None) -> list[str]:
     """One line: hardware, versions, commit, date."""
     names = ("gpu", "cuda", "driver", "processor", "cpu", "cores", "threads_per_process", "threads", "instruction_set",
-             "extension", "python", "torch", "triton", "opencv", "pudnet", "load_average", "clock", "date")  # fmt: skip
+             "extension", "python", "torch", "triton", "opencv", "pudnet", "load_average", "clock",
+             "allocator", "date")  # fmt: skip
     shown = [f"{name.replace('_', ' ')} {environment[name]}" for name in names if environment.get(name) is not None]
     commit = commit or environment.get("commit")
     return [f"Measured with: {', '.join(shown)}, commit {commit or 'unknown'}.", ""]

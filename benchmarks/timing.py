@@ -30,7 +30,7 @@ from pudnet.evaluation import harness
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DEVICE = torch.device(os.environ.get("PUDNET_BENCH_DEVICE", "cpu"))
-SECONDS = float(os.environ.get("PUDNET_BENCH_SECONDS", "1.5"))  # of timing for one row, more or less
+SECONDS = float(os.environ.get("PUDNET_BENCH_SECONDS", "1.5"))  # of timing for one case, more or less
 COMPILE = os.environ.get("PUDNET_BENCH_COMPILE") == "1"  # torch.compile wherever it can run, not only where it is quick
 # Neighbours take bandwidth for seconds or minutes, and a reference that needs it slows down more than a candidate that
 # does not: a case is timed in many such phases, for a short time in each. GPUs are not shared.
@@ -144,7 +144,7 @@ def check(found: Any, expected: Any, tolerance: float, name: str = "the result")
 
 
 def give_back_freed() -> bool:
-    """Let results that come lie in other pages than those that were freed; False where the C library cannot."""
+    """Hand freed memory back to the system; False where the C library cannot."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError):  # TypeError: no such thing on Windows
@@ -191,7 +191,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Paired:
-    """Times of a candidate and of the reference that ran right before it, round by round.
+    """Times of a candidate and of the reference that ran shortly before it, round by round.
 
     A neighbour that slows the machine for a while meets both, so the median of the rounds' ratios is much steadier
     than a ratio of times taken apart.
@@ -311,6 +311,8 @@ def measure(
     memory = peak_memory(candidate)
     gc.freeze()  # rows stay: the next collection need not look at them, which takes 0.3 s
     rate = copy.rate()
+    if reference and DEVICE.type == "cuda":  # one sitting only: its first call must not say how long that is
+        seconds(reference)
     references: list[float] = []
 
     def before() -> None:

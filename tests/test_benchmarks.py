@@ -57,7 +57,7 @@ replace("class_stats", wrong)
 
 def bench(output: Path, *options: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
     """Run two rows of the suite in a process of their own."""
-    rows = "native and ((class_stats and 64) or (layer_recurrence and convnet3))"
+    rows = "(native or reference) and ((class_stats and 64) or (layer_recurrence and convnet3))"
     command = [sys.executable, "-m", "pytest", "benchmarks/bench_ops.py", "-k", rows, f"--benchmark-json={output}"]
     variables = {name: value for name, value in os.environ.items() if "XDIST" not in name}  # it would time nothing
     variables |= {"PUDNET_BENCH_SECONDS": "0.2", "PYTHONPATH": str(output.parent)}
@@ -71,21 +71,27 @@ def test_a_slow_and_a_wrong_backend_are_noticed(tmp_path: Path, capsys: pytest.C
     good, before = bench(tmp_path / "before.json")
     assert good.returncode == 0, good.stdout
     bad, after = bench(tmp_path / "after.json", "-p", "sabotage")
-    assert len(before["benchmarks"]) == 2 and before["failed"] == []
+    assert len(before["benchmarks"]) == 4 and before["failed"] == []
     for row in before["benchmarks"]:
-        for key in ("times_faster", "share_of_copy", "peak_memory_bytes", "first_call_ms", "noisy"):
-            assert key in row["extra_info"]
-        assert row["extra_info"]["rounds"] == row["stats"]["rounds"] > timing.SITTINGS
+        info = row["extra_info"]
+        assert {"median_ms", "share_of_copy", "peak_memory_bytes", "first_call_ms"} <= info.keys()
+        assert ({"times_faster", "reference_ms", "noisy"} <= info.keys()) == (info["backend"] == "native")
+        assert info["rounds"] == row["stats"]["rounds"] > timing.SITTINGS
 
     assert bad.returncode == 1 and "agree with the reference within 1e-04; it differs by" in bad.stdout
     assert [name for name in after["failed"] if "class_stats" in name]
-    assert [row["group"] for row in after["benchmarks"]] == ["layer_recurrence: convnet3 B=1"], "a wrong row has a time"
+    timed = [row["group"] for row in after["benchmarks"] if row["extra_info"]["backend"] == "native"]
+    assert timed == ["layer_recurrence: convnet3 B=1"], "a wrong row has a time"
 
     assert compare.main([str(tmp_path / "before.json"), str(tmp_path / "after.json")]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert any("layer_recurrence" in line and "SLOWER" in line for line in lines)
     assert any("class_stats" in line and "is gone" in line for line in lines)
     assert compare.main([str(tmp_path / "before.json")] * 2) == 0
+    before["failed"] = ["test_op[class_stats-100 rows of 64-reference]"]
+    (tmp_path / "wrong.json").write_text(json.dumps(before))
+    assert compare.main([str(tmp_path / "before.json"), str(tmp_path / "wrong.json")]) == 1
+    assert "64-reference] failed its check" in capsys.readouterr().out
 
 
 def test_disagreement() -> None:

@@ -179,6 +179,25 @@ def test_out_is_written_in_place(ghn: GHN) -> None:
     assert all(torch.allclose(strided[name], kept[name], rtol=1e-5) for name in kept)
 
 
+def test_a_result_is_float32_without_leftovers_whatever_the_default(ghn: GHN) -> None:
+    module = small_networks()["resnet"]
+    wanted = ghn.generate(module)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = ghn.generate(module)
+    finally:
+        torch.set_default_dtype(before)
+    assert {x.dtype for x in found.values()} == {torch.float32}
+    ghn.generate(module, out=found)
+    storage = next(iter(found.values())).untyped_storage()
+    whole = torch.tensor([], dtype=torch.float32).set_(storage)
+    assert sum(x.numel() for x in found.values()) < len(whole)
+    assert sum(x.count_nonzero() for x in found.values()) == whole.count_nonzero()  # gaps between tensors are zero
+    for name, tensor in wanted.items():
+        assert torch.equal(found[name], tensor), name
+
+
 def test_out_is_checked(ghn: GHN) -> None:
     module = small_networks()["resnet"]
     out = ghn.generate(module)

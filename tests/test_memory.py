@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,18 +47,22 @@ def test_huge_pages_change_nothing_that_is_there(size: int, offset: int) -> None
     assert torch.equal(numbers, torch.arange(offset + size, dtype=torch.uint8))
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/smaps"), reason="Linux only")
+@pytest.mark.skipif(not os.path.exists("/sys/kernel/mm/transparent_hugepage"), reason="Linux with huge pages only")
 def test_huge_pages_are_asked_for() -> None:
-    numbers = torch.empty(1 << 27)
-    memory.prefer_huge_pages(numbers.data_ptr(), 4 << 27)
-    middle, inside = numbers.data_ptr() + (4 << 26), False
-    with open("/proc/self/smaps") as file:
-        for line in file:
+    pages = mmap.mmap(-1, 1 << 23, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    address = torch.frombuffer(pages, dtype=torch.uint8).data_ptr()
+
+    def asked_for() -> bool:
+        inside = False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
             head = line.split()[0]
             if "-" in head:
                 start, end = (int(x, 16) for x in head.split("-"))
-                inside = start <= middle < end
+                inside = start <= address + (1 << 22) < end
             elif inside and head == "VmFlags:":
-                assert "hg" in line.split()
-                return
-    raise AssertionError("no such memory")
+                return "hg" in line.split()
+        raise AssertionError("no such memory")
+
+    assert not asked_for()
+    memory.prefer_huge_pages(address, 1 << 23)
+    assert asked_for()

@@ -346,11 +346,15 @@ def _allocate(shapes: Sequence[tuple[int, ...]], device: torch.device) -> list[T
     """Float32 tensors of ``shapes``, in one piece of memory; on a CPU in huge pages, where the system has them."""
     sizes = [-(-torch.Size(shape).numel() // 16) * 16 for shape in shapes]  # each starts on a cache line
     total = max(sum(sizes), 1)
-    flat = torch.empty(total, device=device)
+    flat = torch.empty(total, dtype=torch.float32, device=device)
     if device.type == "cpu":
-        prefer_huge_pages(flat.data_ptr(), 4 * total)
-    parts = flat.split(sizes)
-    return [part[: torch.Size(shape).numel()].view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        prefer_huge_pages(flat.data_ptr(), flat.nbytes)
+    found = []
+    for part, shape in zip(flat.split(sizes), shapes, strict=True):
+        numbers, gap = part.split([torch.Size(shape).numel(), part.numel() - torch.Size(shape).numel()])
+        gap.zero_()  # it is saved with the tensors
+        found.append(numbers.view(shape))
+    return found
 
 
 _PLAIN = (int, float, str, bool, bytes, type(None), type, FunctionType, BuiltinFunctionType, torch.dtype)
