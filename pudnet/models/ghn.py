@@ -344,16 +344,17 @@ class GHN(hub.Shared, nn.Module):
 
 def _allocate(shapes: Sequence[tuple[int, ...]], device: torch.device) -> list[Tensor]:
     """Float32 tensors of ``shapes``, in one piece of memory; on a CPU in huge pages, where the system has them."""
-    sizes = [-(-torch.Size(shape).numel() // 16) * 16 for shape in shapes]  # each starts on a cache line
+    counts = [math.prod(shape) for shape in shapes]
+    sizes = [-(-count // 16) * 16 for count in counts]  # each starts on a cache line
     total = max(sum(sizes), 1)
     flat = torch.empty(total, dtype=torch.float32, device=device)
     if device.type == "cpu":
         prefer_huge_pages(flat.data_ptr(), flat.nbytes)
     found = []
-    for part, shape in zip(flat.split(sizes), shapes, strict=True):
-        numbers, gap = part.split([torch.Size(shape).numel(), part.numel() - torch.Size(shape).numel()])
-        gap.zero_()  # it is saved with the tensors
-        found.append(numbers.view(shape))
+    for part, count, shape in zip(flat.split(sizes), counts, shapes, strict=True):
+        if count < len(part):
+            part[count:].zero_()  # the gap is saved with the tensors
+        found.append(part[:count].view(shape))
     return found
 
 
