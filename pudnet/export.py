@@ -117,7 +117,7 @@ def _trace(deployed: Deployed) -> ExportedProgram:
 def _pt2(program: ExportedProgram, deployed: Deployed, header: str, path: Path) -> None:
     # The example that was traced with would be the one pickled part of the file.
     program._example_inputs = None
-    buffer = io.BytesIO()  # torch wants a name that ends in .pt2
+    buffer = io.BytesIO()  # to a path, torch ends the process where the disk is full
     torch.export.save(program, buffer, extra_files={PT2_MEMBER: header})
     path.write_bytes(buffer.getbuffer())
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,14 +20,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 HEADER_LIMIT = 2**25  # bytes: JSON of this size takes up to 20 times as much in memory
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str], where: str = "save") -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; rename it to ``path`` when the block ends without an error.
+    """Yield a path of the same name in a temporary folder beside ``path``; rename it to ``path`` when the block ends.
 
-    What processes that were killed left behind is removed: a temporary file is locked as long as its writer lives.
+    Whatever else a writer puts there goes with the folder: safetensors writes to a temporary file of its own. Folders
+    that killed processes left behind are removed by the next writer: each is locked as long as its writer lives.
 
     Raises:
         InputError: the folder does not exist or cannot be written, ``path`` is a folder, a device or a pipe, or the
@@ -39,17 +42,18 @@ def atomic_path(path: str | os.PathLike[str], where: str = "save") -> Iterator[P
         raise InputError(message(where, "path", "a regular file or a new one", f"the device or pipe {str(final)!r}"))
     try:
         _remove_abandoned(final)
-        handle, temporary = _locked_file(final)
+        handle, folder = _locked_folder(final)
     except OSError as error:
         hint = "Create the folder first, or choose a folder you may write to."
         got = f"{str(path)!r} ({error.strerror})"
         raise InputError(message(where, "path", "in a folder that exists and can be written", got, hint)) from error
+    temporary = folder / final.name
     try:
         finished = False
         yield temporary
         finished = True
-        # A writer may have put a file of its own there; that of safetensors is closed to all but its owner.
-        os.chmod(temporary, stat.S_IMODE(os.fstat(handle).st_mode))
+        # The umask decides who may read: it made the folder; a file of safetensors is closed to all but its owner.
+        os.chmod(temporary, stat.S_IMODE(os.fstat(handle).st_mode) & 0o666)
         _sync(temporary)
         os.replace(temporary, final)
         with suppress(OSError):  # the file is there; not every folder can be opened
@@ -60,47 +64,56 @@ def atomic_path(path: str | os.PathLike[str], where: str = "save") -> Iterator[P
         got = f"{str(path)!r} ({error.strerror})"
         raise InputError(message(where, "path", "where a file can be written", got)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
         os.close(handle)
 
 
-def _locked_file(final: Path) -> tuple[int, Path]:
-    """A new temporary file beside ``final``, and the handle that holds its lock."""
+def _locked_folder(final: Path) -> tuple[int, Path]:
+    """A new temporary folder beside ``final``, and the handle that holds its lock."""
     while True:
-        temporary = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
-        # Not mkstemp: its files are closed to others, and the umask that says who may read ours cannot be looked up
+        folder = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
+        # Not mkdtemp: its folders are closed to others, and the umask that says who may read ours cannot be looked up
         # without changing it for a moment, for all threads.
         try:
-            handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            folder.mkdir()
         except FileExistsError:
             continue
-        _lock(handle)
-        if temporary.exists():  # nobody took it for abandoned before it was locked
-            return handle, temporary
+        try:
+            handle = os.open(folder, FOLDER)
+        except FileNotFoundError:  # another writer took it for abandoned
+            if not final.parent.is_dir():
+                raise
+            continue
+        _lock(handle, wait=True)
+        if folder.exists():  # nobody took it for abandoned before it was locked
+            return handle, folder
         os.close(handle)
 
 
 def _remove_abandoned(final: Path) -> None:
-    """Remove temporary files for ``final`` that no living process has locked."""
-    one = r"\.[a-z0-9_]{8}\.tmp"
-    left = re.compile(rf"\.{{1,2}}{re.escape(final.name)}{one}({one})?")  # doubled where a writer was given a temporary
+    """Remove temporary folders for ``final`` that no living process has locked."""
+    left = re.compile(rf"\.{re.escape(final.name)}\.[a-z0-9_]{{8}}\.tmp")
     try:
         names = os.listdir(final.parent)
     except PermissionError:  # it may still be written to
         return
     for name in names:
         if left.fullmatch(name):
-            with suppress(OSError), open(final.parent / name, "rb") as file:
-                if _lock(file.fileno()):
-                    os.unlink(file.name)
+            with suppress(OSError):
+                handle = os.open(final.parent / name, FOLDER)
+                try:
+                    if _lock(handle):
+                        shutil.rmtree(final.parent / name)
+                finally:
+                    os.close(handle)
 
 
-def _lock(handle: int) -> bool:
-    """Try to lock an open file for this process; it is unlocked when it is closed, or the process ends."""
+def _lock(handle: int, wait: bool = False) -> bool:
+    """Try to lock what is open for this process; it is unlocked when it is closed, or the process ends."""
     try:
         import fcntl
 
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (ImportError, OSError):  # not every system and file system has locks
         return False
     return True

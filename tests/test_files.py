@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
+import signal
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from pudnet.errors import InputError
 from pudnet.files import HEADER_LIMIT, atomic_path, write_tensors
@@ -37,16 +41,53 @@ def test_the_old_file_stays_when_the_block_fails(tmp_path: Path) -> None:
 
 def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    for name in (".file.abcd1234.tmp", "..file.abcd1234.tmp.wxyz0_89.tmp"):
-        (tmp_path / name).write_text("half")
-    others = {"file.abcd1234.tmp", ".file2.abcd1234.tmp", ".file.tmp", ".file.abcd1234.tmp.bak"}
-    for name in others:
+    left = tmp_path / ".file.abcd1234.tmp"
+    left.mkdir()
+    for name in ("file", ".tmpAbC123"):  # the writer's and that of a library it used
+        (left / name).write_text("half")
+    others = {"file.abcd1234.tmp", ".file2.abcd1234.tmp", ".file.tmp", ".file.abcd1234.tmp.bak", ".file.wxyz0_89.tmp"}
+    for name in others:  # the last is no folder
         (tmp_path / name).write_text("mine")
+    (tmp_path / ".file.link5678.tmp").symlink_to(tmp_path, target_is_directory=True)
     with atomic_path(path) as first, atomic_path(path) as second:  # the first writer lives
         second.write_text("second")
         first.write_text("first")
     assert path.read_text() == "first"
-    assert set(os.listdir(tmp_path)) == {"file", *others}
+    assert set(os.listdir(tmp_path)) == {"file", ".file.link5678.tmp", *others}
+
+
+def test_a_writer_killed_within_safetensors_leaves_nothing_to_the_next(tmp_path: Path) -> None:
+    """safetensors writes to a temporary file of a name of its own, in the folder of the path it is given."""
+    path = tmp_path / "file"
+    write_tensors(path, {"a": torch.zeros(8)}, "key", {}, "here")
+    before = path.read_bytes()
+    child = os.fork()
+    if child == 0:  # the kernel ends it where a file grows beyond the limit
+        try:
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+            write_tensors(path, {"a": torch.ones(2**16)}, "key", {}, "here")
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGXFSZ
+    assert path.read_bytes() == before and len(os.listdir(tmp_path)) == 2
+    write_tensors(path, {"a": torch.ones(8)}, "key", {}, "here")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_writers_of_one_file_at_once_leave_one_of_theirs(tmp_path: Path) -> None:
+    """Each looks for abandoned folders while the others make theirs."""
+    path = tmp_path / "file"
+
+    def write(number: int) -> None:
+        for _ in range(50):
+            with atomic_path(path) as temporary:
+                temporary.write_text(str(number))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    assert path.read_text() in "01234567" and os.listdir(tmp_path) == ["file"]
 
 
 def test_a_disk_that_is_full_in_the_block_is_bad_input(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import time
@@ -17,7 +16,6 @@ from pudnet.models.pudnet import PudNet
 
 TINY = {"sketch_size": 8, "layers": 1, "width": 4, "generator_width": 1}
 DONE, REFUSED, BROKEN = 0, 3, 4  # how work ended: well, with an error of pudnet, with any other
-TEMPORARY = re.compile(r"\..*\.[a-z0-9_]{8}\.tmp")
 
 
 def tiny_net(seed: int = 0) -> PudNet:
@@ -70,4 +68,5 @@ def kill_after(child: int, seconds: float) -> int:
 
 
 def temporaries(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if TEMPORARY.fullmatch(path.name)]
+    """What is hidden in a folder: all that writers that were killed may leave, ours or a library's own."""
+    return [path for path in folder.iterdir() if path.name.startswith(".")]
