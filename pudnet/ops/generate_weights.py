@@ -42,7 +42,7 @@ def generate_weights(
 
     Raises:
         ShapeError: the tensors do not fit each other or ``shapes``.
-        DtypeError: ``dtype`` is not a floating-point type.
+        DtypeError: ``dtype`` or a tensor's is not a floating-point type.
         BackendUnavailableError: the backend asked for cannot run this call.
     """
     dtype = dtype or codes.dtype
@@ -86,8 +86,9 @@ def check(
         ("row_bias", row_bias, (rows,)),
     )
     require_shapes(op, expected)
-    if not dtype.is_floating_point:
-        raise DtypeError(message(op, "dtype", "a floating-point type", dtype))
+    for name, kind in (("dtype", dtype), *((name, tensor.dtype) for name, tensor, _ in expected)):
+        if not kind.is_floating_point:
+            raise DtypeError(message(op, name, "of a floating-point type", kind))
 
 
 def _chosen(table: dict[str, Callable[..., Any]], backend: str) -> Callable[..., Any]:

@@ -78,6 +78,12 @@ def test_shapes_and_dtype_are_checked() -> None:
         ops.generate_weights(*tensors, [6, 4, *SHAPES[2:]])
     with pytest.raises(DtypeError, match="floating-point"):
         ops.generate_weights(*tensors, SHAPES, dtype=torch.int32)
+    for place, name in enumerate(("codes", "fc_weight", "fc_bias", "mix_weight", "mix_bias", "row_weight", "row_bias")):
+        for dtype in (torch.complex64, torch.int64):  # a cast to the codes' dtype would drop what they say
+            wrong = [*tensors]
+            wrong[place] = wrong[place].to(dtype)
+            with pytest.raises(DtypeError, match=name if place else "dtype"):
+                ops.generate_weights(*wrong, SHAPES)
 
 
 def test_low_precision_parameters_are_taken_in_the_dtype_of_the_codes() -> None:
