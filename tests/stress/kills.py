@@ -187,8 +187,12 @@ def predicting(count: int, seed: int) -> Figures:
                 path.unlink(missing_ok=True)
             before = _which(path, models)
             later, claimed = rng.randrange(2), rng.random() < 0.5
+            left = set(temporaries(place))
             child = start(lambda later=later, claimed=claimed: work(later, claimed), folder / "output")
-            ended = kill_after(child, rng.uniform(0.3, 1.1) * seconds)
+            if rng.random() < 0.5:
+                ended = kill_after(child, rng.uniform(0.3, 1.1) * seconds)
+            else:
+                ended = kill_after(child, rng.uniform(0, 0.01), lambda left=left: bool({*temporaries(place)} - left))
             kills += ended < 0
             if ended not in (DONE, -9):
                 failures.append(f"trial {number} ended with {ended}: {(folder / 'output').read_text()[-200:]}")

@@ -55,14 +55,16 @@ def wait(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def kill_after(child: int, seconds: float) -> int:
-    """Kill the process after so long, unless it ends before; returns how it ended."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+def kill_after(child: int, seconds: float, begun: Callable[[], bool] = lambda: True) -> int:
+    """Kill the process so long after ``begun``, unless it ends before; returns how it ended."""
+    end = None
+    while end is None or time.monotonic() < end:
+        if end is None and begun():
+            end = time.monotonic() + seconds
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status)
-        time.sleep(min(0.01, seconds))
+        time.sleep(min(0.01, seconds / 4))
     os.kill(child, signal.SIGKILL)  # it is not waited for yet, so its id is still its own
     return wait(child)
 
