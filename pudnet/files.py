@@ -20,20 +20,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+LOCK = "lock"  # the file in a temporary folder whose lock says that its writer lives
 HEADER_LIMIT = 2**25  # bytes: JSON of this size takes up to 20 times as much in memory
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str], where: str = "save") -> Iterator[Path]:
-    """Yield a path of the same name in a temporary folder beside ``path``; rename it to ``path`` when the block ends.
+    """Yield a path in a temporary folder beside ``path``; what the block wrote there is renamed to ``path`` at its end.
 
-    Whatever else a writer puts there goes with the folder: safetensors writes to a temporary file of its own. Folders
-    that killed processes left behind are removed by the next writer: each is locked as long as its writer lives.
+    Whatever else a writer leaves goes with the folder: safetensors writes to a temporary file of its own. Folders that
+    killed processes left behind are removed by the next writer: each has a lock that is held as long as its writer
+    lives.
 
     Raises:
-        InputError: the folder does not exist or cannot be written, ``path`` is a folder, a device or a pipe, or the
-            disk is full, in the block or after it.
+        InputError: the folder does not exist or cannot be written, ``path`` is a folder, a device or a pipe, the disk
+            is full, in the block or after it, or nothing was written.
     """
     final = Path(path)
     if final.is_dir():
@@ -47,13 +48,13 @@ def atomic_path(path: str | os.PathLike[str], where: str = "save") -> Iterator[P
         hint = "Create the folder first, or choose a folder you may write to."
         got = f"{str(path)!r} ({error.strerror})"
         raise InputError(message(where, "path", "in a folder that exists and can be written", got, hint)) from error
-    temporary = folder / final.name
+    temporary = folder / "new"
     try:
         finished = False
         yield temporary
         finished = True
-        # The umask decides who may read: it made the folder; a file of safetensors is closed to all but its owner.
-        os.chmod(temporary, stat.S_IMODE(os.fstat(handle).st_mode) & 0o666)
+        # The umask says who may read, as for the lock's file; one of safetensors is closed to all but its owner.
+        os.chmod(temporary, stat.S_IMODE(os.fstat(handle).st_mode))
         _sync(temporary)
         os.replace(temporary, final)
         with suppress(OSError):  # the file is there; not every folder can be opened
@@ -64,58 +65,80 @@ def atomic_path(path: str | os.PathLike[str], where: str = "save") -> Iterator[P
         got = f"{str(path)!r} ({error.strerror})"
         raise InputError(message(where, "path", "where a file can be written", got)) from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            _remove(folder)
         os.close(handle)
+        with suppress(OSError):  # network file systems keep what is open until it is closed
+            folder.rmdir()
 
 
 def _locked_folder(final: Path) -> tuple[int, Path]:
     """A new temporary folder beside ``final``, and the handle that holds its lock."""
     while True:
         folder = final.with_name(f".{final.name}.{secrets.token_hex(4)}.tmp")
-        # Not mkdtemp: its folders are closed to others, and the umask that says who may read ours cannot be looked up
-        # without changing it for a moment, for all threads.
+        # Not mkdtemp: the umask that says who may read a file cannot be looked up without changing it for a moment, for
+        # all threads.
         try:
             folder.mkdir()
         except FileExistsError:
             continue
         try:
-            handle = os.open(folder, FOLDER)
-        except FileNotFoundError:  # another writer took it for abandoned
-            if not final.parent.is_dir():
-                raise
-            continue
-        _lock(handle, wait=True)
-        if folder.exists():  # nobody took it for abandoned before it was locked
+            mode = stat.S_IMODE(folder.stat().st_mode)
+            if mode & stat.S_IRWXU != stat.S_IRWXU:  # a umask for files may close folders to their owner
+                folder.chmod(mode | stat.S_IRWXU)
+            handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        except OSError as error:
+            with suppress(OSError):
+                folder.rmdir()
+            if isinstance(error, FileNotFoundError) and final.parent.is_dir():  # another writer took it for abandoned
+                continue
+            raise
+        if _lock(handle) is not False and (folder / LOCK).exists():
             return handle, folder
-        os.close(handle)
+        os.close(handle)  # another writer is removing it, or has
 
 
 def _remove_abandoned(final: Path) -> None:
     """Remove temporary folders for ``final`` that no living process has locked."""
-    left = re.compile(rf"\.{re.escape(final.name)}\.[a-z0-9_]{{8}}\.tmp")
+    left = re.compile(rf"\.{re.escape(final.name)}\.[0-9a-f]{{8}}\.tmp")
     try:
-        names = os.listdir(final.parent)
+        folders = [folder for folder in final.parent.iterdir() if left.fullmatch(folder.name)]
     except PermissionError:  # it may still be written to
         return
-    for name in names:
-        if left.fullmatch(name):
-            with suppress(OSError):
-                handle = os.open(final.parent / name, FOLDER)
-                try:
-                    if _lock(handle):
-                        shutil.rmtree(final.parent / name)
-                finally:
-                    os.close(handle)
+    for folder in folders:
+        if folder.is_symlink():
+            continue
+        with suppress(OSError):
+            try:
+                handle = os.open(folder / LOCK, os.O_RDWR)
+            except FileNotFoundError:  # killed before the lock was made, or about to make it
+                folder.rmdir()
+                continue
+            try:
+                if _lock(handle):
+                    _remove(folder)
+            finally:
+                os.close(handle)
 
 
-def _lock(handle: int, wait: bool = False) -> bool:
-    """Try to lock what is open for this process; it is unlocked when it is closed, or the process ends."""
+def _remove(folder: Path) -> None:
+    """Remove a temporary folder, its lock last: without one nobody knows that it is abandoned."""
+    for path in folder.iterdir():
+        if path.name != LOCK:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    shutil.rmtree(folder)
+
+
+def _lock(handle: int) -> bool | None:
+    """Lock an open file for this process until it is closed; False where another has it, None without locks."""
     try:
         import fcntl
 
-        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError):  # not every system and file system has locks
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         return False
+    except (ImportError, OSError):  # not every system and file system has locks
+        return None
     return True
 
 

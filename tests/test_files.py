@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import resource
 import signal
 import stat
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,17 +45,25 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> Non
     path = tmp_path / "file"
     left = tmp_path / ".file.abcd1234.tmp"
     left.mkdir()
-    for name in ("file", ".tmpAbC123"):  # the writer's and that of a library it used
+    for name in ("lock", "new", ".tmpAbC123"):  # the last is of a library that the writer used
         (left / name).write_text("half")
-    others = {"file.abcd1234.tmp", ".file2.abcd1234.tmp", ".file.tmp", ".file.abcd1234.tmp.bak", ".file.wxyz0_89.tmp"}
+    (left / "parts").mkdir()
+    (left / "parts" / "1").write_text("half")
+    (tmp_path / ".file.00000000.tmp").mkdir()  # killed before it made its lock
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for name in ("lock", "new"):
+        (mine / name).write_text("mine")
+    link = tmp_path / ".file.abcd5678.tmp"
+    link.symlink_to(mine, target_is_directory=True)
+    others = {"file.abcd1234.tmp", ".file2.abcd1234.tmp", ".file.tmp", ".file.abcd1234.tmp.bak", ".file.abcd9876.tmp"}
     for name in others:  # the last is no folder
         (tmp_path / name).write_text("mine")
-    (tmp_path / ".file.link5678.tmp").symlink_to(tmp_path, target_is_directory=True)
     with atomic_path(path) as first, atomic_path(path) as second:  # the first writer lives
         second.write_text("second")
         first.write_text("first")
     assert path.read_text() == "first"
-    assert set(os.listdir(tmp_path)) == {"file", ".file.link5678.tmp", *others}
+    assert set(os.listdir(tmp_path)) == {"file", "mine", link.name, *others} and len(os.listdir(mine)) == 2
 
 
 def test_a_writer_killed_within_safetensors_leaves_nothing_to_the_next(tmp_path: Path) -> None:
@@ -64,6 +74,7 @@ def test_a_writer_killed_within_safetensors_leaves_nothing_to_the_next(tmp_path:
     child = os.fork()
     if child == 0:  # the kernel ends it where a file grows beyond the limit
         try:
+            torch.set_num_threads(1)  # OpenMP's threads are not forked
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
@@ -88,6 +99,63 @@ def test_writers_of_one_file_at_once_leave_one_of_theirs(tmp_path: Path) -> None
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(write, range(8)))
     assert path.read_text() in "01234567" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_writer_on_another_host_tells_a_living_one_from_a_killed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS locks folders on one host only, and files across hosts, where the handle may write."""
+    flock = fcntl.flock
+
+    def of_another_host(handle: int, operation: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            return
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(handle, operation)
+
+    path = tmp_path / "file"
+    with atomic_path(path) as first:
+        first.write_text("first")
+        left = tmp_path / ".file.00000000.tmp"
+        left.mkdir()
+        (left / "lock").touch()
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl, "flock", of_another_host)
+            with atomic_path(path) as second:
+                second.write_text("second")
+        assert first.exists() and not left.exists()
+    assert path.read_text() == "first" and os.listdir(tmp_path) == ["file"]
+
+
+def test_nothing_written_is_an_error_and_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(InputError, match="where a file can be written"), atomic_path(path):
+        pass
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("umask", [0o111, 0o177])
+def test_a_umask_that_closes_folders_to_their_owner(umask: int) -> None:
+    """Services may have one: all it takes from files is leave to run them. Nothing stops root, so not as root."""
+    with tempfile.TemporaryDirectory() as name:  # those of pytest are closed to other users
+        os.chmod(name, 0o777)
+        child = os.fork()
+        if child == 0:
+            try:
+                if os.getuid() == 0:
+                    os.setgid(65534)
+                    os.setuid(65534)
+                os.umask(umask)
+                with atomic_path(Path(name) / "file") as temporary:
+                    temporary.write_text("x")
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert os.listdir(name) == ["file"]
+        assert stat.S_IMODE((Path(name) / "file").stat().st_mode) == 0o666 & ~umask
 
 
 def test_a_disk_that_is_full_in_the_block_is_bad_input(tmp_path: Path) -> None:
