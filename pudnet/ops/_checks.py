@@ -23,6 +23,12 @@ def require_rank(op: str, name: str, tensor: Tensor, rank: int) -> None:
         raise ShapeError(message(op, name, f"of {rank} axes", list(tensor.shape)))
 
 
+def require_floating(op: str, name: str, dtype: torch.dtype) -> None:
+    """Raise DtypeError unless the dtype is a floating-point one."""
+    if not dtype.is_floating_point:
+        raise DtypeError(message(op, name, "of a floating-point type", dtype))
+
+
 def require_together(op: str, tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> None:
     """Raise InputError unless all tensors are on one device and, where one is given, of ``dtype``."""
     device = tensors[0].device

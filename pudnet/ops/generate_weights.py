@@ -10,9 +10,9 @@ from torch import Tensor
 
 import pudnet.ops._schemas  # noqa: F401 - defines torch.ops.pudnet
 from pudnet import backends
-from pudnet.errors import DtypeError, InputError, ShapeError, message
+from pudnet.errors import InputError, ShapeError, message
 from pudnet.ops import _native_generation, reference
-from pudnet.ops._checks import require_no, require_rank, require_shapes, require_together
+from pudnet.ops._checks import require_floating, require_no, require_rank, require_shapes, require_together
 
 
 def generate_weights(
@@ -86,9 +86,9 @@ def check(
         ("row_bias", row_bias, (rows,)),
     )
     require_shapes(op, expected)
-    for name, kind in (("dtype", dtype), *((name, tensor.dtype) for name, tensor, _ in expected)):
-        if not kind.is_floating_point:
-            raise DtypeError(message(op, name, "of a floating-point type", kind))
+    for name, tensor, _ in expected:
+        require_floating(op, name, tensor.dtype)
+    require_floating(op, "dtype", dtype)
 
 
 def _chosen(table: dict[str, Callable[..., Any]], backend: str) -> Callable[..., Any]:
@@ -140,6 +140,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     require_together("generate_weights", [d_weights, *tensors])
     size = _native_generation.flat_size(shapes)
     require_shapes("generate_weights", [("d_weights", d_weights, (len(tensors[0]), size))])
+    require_floating("generate_weights", "d_weights", d_weights.dtype)
     return run(d_weights, *tensors, shapes)
 
 

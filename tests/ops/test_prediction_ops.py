@@ -82,8 +82,11 @@ def test_shapes_and_dtype_are_checked() -> None:
         for dtype in (torch.complex64, torch.int64):  # a cast to the codes' dtype would drop what they say
             wrong = [*tensors]
             wrong[place] = wrong[place].to(dtype)
-            with pytest.raises(DtypeError, match=name if place else "dtype"):
+            with pytest.raises(DtypeError, match=name):
                 ops.generate_weights(*wrong, SHAPES)
+    d_weights = torch.zeros_like(ops.generate_weights(*tensors, SHAPES)).to(torch.complex64)
+    with pytest.raises(DtypeError, match="d_weights must be of a floating-point type"):
+        torch.ops.pudnet.generate_weights_backward(d_weights, *tensors, SHAPES, "native")
 
 
 def test_low_precision_parameters_are_taken_in_the_dtype_of_the_codes() -> None:
