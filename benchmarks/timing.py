@@ -38,6 +38,7 @@ SITTINGS = 22 if DEVICE.type == "cpu" else 1
 MOST_ROUNDS = 150 // SITTINGS  # of a sitting
 QUICK = 0.6  # cases of which a round takes no more seconds have one more in a sitting, to warm caches and memory up
 SLOW, SLOW_EVERY = 1.0, 2  # cases of which a round takes more seconds sit in every second sitting only
+QUIET = 1 / 3  # of the rounds: those that count, the quickest
 NOISE = 1.1  # ratios of the same thing may differ by this factor
 PIECE = 2**18  # numbers that are compared at once: they stay in the cache
 COPY_BYTES = 70 << 20  # as much as ResNet-18's generation reads and writes, half each; far more than a CPU's caches
@@ -194,16 +195,21 @@ class Paired:
     """Times of a candidate and of the reference that ran shortly before it, round by round.
 
     A neighbour that slows the machine for a while meets both, so the median of the rounds' ratios is much steadier
-    than a ratio of times taken apart.
+    than a ratio of times taken apart. One that takes bandwidth still meets the one that needs more of it harder, and
+    can only add time: the rounds that count are those that it disturbed least.
     """
 
     candidate: list[float]
     reference: list[float]
 
     def ratio(self, first: int = 0, last: int | None = None) -> float:
-        """Times faster than the reference, over the rounds from ``first`` to ``last``."""
-        pairs = zip(self.candidate[first:last], self.reference[first:last], strict=True)
-        return statistics.median(slow / max(fast, 1e-9) for fast, slow in pairs)
+        """Times faster than the reference: the median over the quickest third of the rounds from ``first`` to ``last``.
+
+        Rounds are ordered by candidate times reference, which favours neither.
+        """
+        pairs = [*zip(self.candidate[first:last], self.reference[first:last], strict=True)]
+        pairs.sort(key=lambda pair: pair[0] * pair[1])
+        return statistics.median(slow / max(fast, 1e-9) for fast, slow in pairs[: math.ceil(len(pairs) * QUIET)])
 
     def add(self, candidate: float, reference: float) -> None:
         """One more round."""

@@ -119,6 +119,14 @@ def test_a_machine_that_slows_down_changes_no_ratio() -> None:
     assert timing.Paired([1.0], [3.0]).noisy  # nobody knows
 
 
+def test_a_neighbour_that_slows_one_more_than_the_other_in_most_rounds_changes_no_ratio() -> None:
+    disturbed = [i % 5 > 1 for i in range(20)]  # three rounds of five
+    candidate = [1.2 if slow else 1.0 for slow in disturbed]
+    reference = [4.5 if slow else 3.0 for slow in disturbed]
+    assert timing.Paired(candidate, reference).ratio() == pytest.approx(3)
+    assert timing.Paired(reference, candidate).ratio() == pytest.approx(1 / 3)  # whichever is disturbed more
+
+
 def test_rows_of_a_case_share_the_rounds_of_its_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(timing, "clock", lambda: now[0])
