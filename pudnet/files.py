@@ -102,12 +102,10 @@ def _remove_abandoned(final: Path) -> None:
     """Remove temporary folders for ``final`` that no living process has locked."""
     left = re.compile(rf"\.{re.escape(final.name)}\.[0-9a-f]{{8}}\.tmp")
     try:
-        folders = [folder for folder in final.parent.iterdir() if left.fullmatch(folder.name)]
+        folders = [path for path in final.parent.iterdir() if left.fullmatch(path.name) and not path.is_symlink()]
     except PermissionError:  # it may still be written to
         return
     for folder in folders:
-        if folder.is_symlink():
-            continue
         with suppress(OSError):
             try:
                 handle = os.open(folder / LOCK, os.O_RDWR)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stress.processes import DONE, give_up_rights, start, wait
 
 from pudnet.errors import InputError
 from pudnet.files import HEADER_LIMIT, atomic_path, write_tensors
@@ -68,23 +69,23 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> Non
 
 def test_a_writer_killed_within_safetensors_leaves_nothing_to_the_next(tmp_path: Path) -> None:
     """safetensors writes to a temporary file of a name of its own, in the folder of the path it is given."""
-    path = tmp_path / "file"
+    place = tmp_path / "place"
+    place.mkdir()
+    path = place / "file"
     write_tensors(path, {"a": torch.zeros(8)}, "key", {}, "here")
     before = path.read_bytes()
-    child = os.fork()
-    if child == 0:  # the kernel ends it where a file grows beyond the limit
-        try:
-            torch.set_num_threads(1)  # OpenMP's threads are not forked
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
-            write_tensors(path, {"a": torch.ones(2**16)}, "key", {}, "here")
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGXFSZ
-    assert path.read_bytes() == before and len(os.listdir(tmp_path)) == 2
+
+    def killed() -> None:  # by the kernel, where a file grows beyond the limit
+        torch.set_num_threads(1)  # OpenMP's threads are not forked
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+        write_tensors(path, {"a": torch.ones(2**16)}, "key", {}, "here")
+
+    assert wait(start(killed, tmp_path / "output")) == -signal.SIGXFSZ
+    assert path.read_bytes() == before and len(os.listdir(place)) == 2
     write_tensors(path, {"a": torch.ones(8)}, "key", {}, "here")
-    assert os.listdir(tmp_path) == ["file"]
+    assert os.listdir(place) == ["file"]
 
 
 def test_writers_of_one_file_at_once_leave_one_of_theirs(tmp_path: Path) -> None:
@@ -137,23 +138,19 @@ def test_nothing_written_is_an_error_and_leaves_the_old_file(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("umask", [0o111, 0o177])
-def test_a_umask_that_closes_folders_to_their_owner(umask: int) -> None:
+def test_a_umask_that_closes_folders_to_their_owner(tmp_path: Path, umask: int) -> None:
     """Services may have one: all it takes from files is leave to run them. Nothing stops root, so not as root."""
     with tempfile.TemporaryDirectory() as name:  # those of pytest are closed to other users
         os.chmod(name, 0o777)
-        child = os.fork()
-        if child == 0:
-            try:
-                if os.getuid() == 0:
-                    os.setgid(65534)
-                    os.setuid(65534)
-                os.umask(umask)
-                with atomic_path(Path(name) / "file") as temporary:
-                    temporary.write_text("x")
-                os._exit(0)
-            finally:
-                os._exit(1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+        def write() -> None:
+            give_up_rights()
+            os.umask(umask)
+            with atomic_path(Path(name) / "file") as temporary:
+                temporary.write_text("x")
+
+        output = tmp_path / "output"
+        assert wait(start(write, output)) == DONE, output.read_text()
         assert os.listdir(name) == ["file"]
         assert stat.S_IMODE((Path(name) / "file").stat().st_mode) == 0o666 & ~umask
 

@@ -24,9 +24,7 @@ from pudnet.models.ghn import GHN
 from pudnet.sketch import sketch
 from stress import Figures, part
 from stress.kills import train_tiny, write_data
-from stress.processes import DONE, REFUSED, start, temporaries, tiny_net, wait
-
-NOBODY = 65534
+from stress.processes import DONE, REFUSED, give_up_rights, start, temporaries, tiny_net, wait
 
 
 @part("disks", "writes to full disks, without permission, or into folders that vanish", full=300, quick=12)
@@ -128,9 +126,7 @@ def full_disk(place: Path, rng: random.Random) -> None:
 def read_only_folder(place: Path, rng: random.Random) -> None:
     """A folder that may not be written to, by a user who is not root."""
     os.chmod(place, 0o555)
-    if os.getuid() == 0:
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
+    give_up_rights()
 
 
 def vanished_folder(place: Path, rng: random.Random) -> None:

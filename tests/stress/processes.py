@@ -15,6 +15,7 @@ from pudnet.errors import PudnetError
 from pudnet.models.pudnet import PudNet
 
 TINY = {"sketch_size": 8, "layers": 1, "width": 4, "generator_width": 1}
+NOBODY = 65534
 DONE, REFUSED, BROKEN = 0, 3, 4  # how work ended: well, with an error of pudnet, with any other
 
 
@@ -67,6 +68,13 @@ def kill_after(child: int, seconds: float, begun: Callable[[], bool] = lambda: T
         time.sleep(min(0.01, seconds / 4))
     os.kill(child, signal.SIGKILL)  # it is not waited for yet, so its id is still its own
     return wait(child)
+
+
+def give_up_rights() -> None:
+    """Become a user whom file modes stop, where this one is root."""
+    if os.getuid() == 0:
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
 
 
 def temporaries(folder: Path) -> list[Path]:
